@@ -1,0 +1,1 @@
+"""See what a model assumes about its user, and steer it."""

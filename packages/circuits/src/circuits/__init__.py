@@ -1,0 +1,1 @@
+"""Neuron circuits: exact, fast and causal."""

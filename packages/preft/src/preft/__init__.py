@@ -1,0 +1,1 @@
+"""Prefill-only adapters: trained and served at the bare model's speed."""
