@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart by readers with any colour vision, and on light and dark ground.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
