@@ -74,7 +74,7 @@ def execute(config: DictConfig) -> None:
     """Run the composed pipeline in Hydra's output folder."""
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     pipeline = _chosen(values["pipeline"].pop("name"))
-    settings = to_dataclass(pipeline.config_class, values["pipeline"], where="pipeline")
+    settings: Any = to_dataclass(pipeline.config_class, values["pipeline"], where="pipeline")
     model = to_dataclass(ModelConfig, values["model"], where="model")
     run_config = to_dataclass(RunConfig, values["run"], where="run")
     record = {"pipeline": pipeline.name, "settings": settings, "model": model}
