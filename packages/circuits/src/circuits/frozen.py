@@ -1,0 +1,156 @@
+"""The whole frozen network: seeds at the logits, one backward sweep, and its forward pass for real edits.
+
+`FrozenNetwork` holds the blocks of one batch at its observed point. Two readings of it:
+
+- `sweep(seed)` walks the blocks from the last to the first and yields, per block, the cotangents that attribution reads:
+  total effects on every neuron, on every bias, and at the bottom on the embeddings (one pass for K targets);
+- `forward(embed)` runs the network forward with its coefficients held, so that an edit can really be made in it: the
+  ground truth of direct and total effects, and the forward-mode token maps.
+
+Conservation (paper Appendix B; digest I1): value = sum over embeddings + sum over bias nodes, exactly.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.layers import Cotangent, FrozenBlock, FrozenNorm
+from circuits.metric import Metric
+from circuits.rules import Rules, soft_cap_coefficient
+
+NeuronHook = Callable[[int, Float[Tensor, "B K T N"]], Float[Tensor, "B K T N"]]
+
+
+class Level(NamedTuple):
+    """What one block's backward step shows: cotangents on its neurons, before the MLP, and before attention."""
+
+    layer: int
+    output_BKTD: Cotangent
+    neurons_BKTN: Float[Tensor, "B K T N"]
+    middle_BKTD: Cotangent
+    input_BKTD: Cotangent
+
+
+@dataclass(frozen=True)
+class FrozenNetwork:
+    """A model's forward pass on one batch, as a linear network with explicit biases (see the module docstring)."""
+
+    blocks: tuple[FrozenBlock, ...]
+    final_norm: FrozenNorm
+    unembed_VD: Float[Tensor, "V D"]
+    unembed_bias_V: Float[Tensor, " V"] | None
+    final_BTD: Float[Tensor, "B T D"]
+    soft_cap: float | None
+    embed_BTD: Float[Tensor, "B T D"]
+    position_BTD: Float[Tensor, "B T D"] | None
+    logits_BTV: Float[Tensor, "B T V"]
+    input_ids_BT: Int[Tensor, "B T"]
+    real_BT: Bool[Tensor, "B T"]
+    rules: Rules
+
+    @property
+    def neurons(self) -> list[Float[Tensor, "B T N"]]:
+        """The observed activations of every block's neurons."""
+        return [block.neurons_BTN for block in self.blocks]
+
+    def readout(self, metric: Metric) -> tuple[Float[Tensor, "B K V"], Float[Tensor, "B K D"]]:
+        """Return each target's weights on the pre-cap logits and, through the unembedding, on the final norm."""
+        if self.soft_cap is None:
+            capped_BKV = metric.weights_BKV
+        else:
+            rows = metric.gather(self.final_BTD) @ self.unembed_VD.T
+            rows = rows if self.unembed_bias_V is None else rows + self.unembed_bias_V
+            capped_BKV = metric.weights_BKV * soft_cap_coefficient(rows, self.soft_cap)
+        return capped_BKV, capped_BKV @ self.unembed_VD
+
+    def seed(self, metric: Metric) -> Cotangent:
+        """Return the cotangent of each target on the output of the last block (zero away from its position)."""
+        _, read_BKD = self.readout(metric)
+        g_BKTD = read_BKD.new_zeros(*read_BKD.shape[:2], *self.embed_BTD.shape[1:])
+        index = metric.positions_BK[..., None, None].expand(-1, -1, 1, g_BKTD.shape[-1])
+        return self.final_norm.transpose(g_BKTD.scatter(2, index, read_BKD[:, :, None]))
+
+    def logit_bias(self, metric: Metric) -> Float[Tensor, "B K"]:
+        """Return the part of each target's value that the final norm's shift and the unembedding's bias give."""
+        capped_BKV, read_BKD = self.readout(metric)
+        share_BK = torch.zeros_like(read_BKD[..., 0])
+        if self.final_norm.shift_D is not None:
+            share_BK = share_BK + read_BKD @ self.final_norm.shift_D
+        if self.unembed_bias_V is not None:
+            share_BK = share_BK + capped_BKV @ self.unembed_bias_V
+        return share_BK
+
+    def sweep(self, seed_BKTD: Cotangent) -> Iterator[Level]:
+        """Walk the blocks backwards from a cotangent on the last residual stream, through MLPs and attention."""
+        g_BKTD = seed_BKTD
+        for layer in reversed(range(len(self.blocks))):
+            block, output_BKTD = self.blocks[layer], g_BKTD
+            neurons_BKTN = block.write_transpose(output_BKTD)
+            middle_BKTD = output_BKTD + block.neurons_transpose(neurons_BKTN)
+            read_BKTD = output_BKTD if block.parallel else middle_BKTD
+            g_BKTD = middle_BKTD + block.attention_transpose(read_BKTD)
+            yield Level(layer, output_BKTD, neurons_BKTN, middle_BKTD, g_BKTD)
+
+    def forward(
+        self, embed_BKTD: Cotangent, bias: bool = True, on_neurons: NeuronHook | None = None
+    ) -> Cotangent:
+        """Run the frozen network on any embeddings; `on_neurons(layer, a_BKTN)` may read and replace each layer's
+        neurons. Returns the residual stream after the last block."""
+        x_BKTD = embed_BKTD
+        for layer, block in enumerate(self.blocks):
+            attn_BKTD = block.attention_forward(x_BKTD, bias)
+            a_BKTN = block.neurons_forward(x_BKTD if block.parallel else x_BKTD + attn_BKTD, bias)
+            a_BKTN = a_BKTN if on_neurons is None else on_neurons(layer, a_BKTN)
+            x_BKTD = x_BKTD + attn_BKTD + block.write_forward(a_BKTN, bias)
+        return x_BKTD
+
+    def value(self, residual_BKTD: Cotangent, metric: Metric, bias: bool = True) -> Float[Tensor, "B K"]:
+        """Return each target's value in the frozen network for the residual stream after the last block."""
+        value_BK = (self.seed(metric) * residual_BKTD).sum((-1, -2))
+        return value_BK + self.logit_bias(metric) if bias else value_BK
+
+    def row(self, index: int) -> "FrozenNetwork":
+        """Return the frozen network of one example, its padding cut off (B becomes 1)."""
+        keep = self.real_BT[index].nonzero()[:, 0]
+        return _select(self, index, keep)
+
+
+def _norm_row(norm: FrozenNorm, index: int, keep: Tensor) -> FrozenNorm:
+    return replace(norm, scale_BTD=norm.scale_BTD[index : index + 1, keep])
+
+
+def _block_row(block: FrozenBlock, index: int, keep: Tensor) -> FrozenBlock:
+    one, attention = slice(index, index + 1), block.attention
+    return replace(
+        block,
+        attention=replace(
+            attention,
+            query_BHTd=attention.query_BHTd[one][:, :, keep],
+            key_BGTd=attention.key_BGTd[one][:, :, keep],
+            allowed_BTT=attention.allowed_BTT[one][:, keep][:, :, keep],
+        ),
+        **{name: _norm_row(getattr(block, name), index, keep) for name in ("attn_norm", "attn_post", "mlp_norm")},
+        mlp_post=_norm_row(block.mlp_post, index, keep),
+        gate_BTN=None if block.gate_BTN is None else block.gate_BTN[one, keep],
+        up_BTN=block.up_BTN[one, keep],
+        neurons_BTN=block.neurons_BTN[one, keep],
+    )
+
+
+def _select(net: FrozenNetwork, index: int, keep: Tensor) -> FrozenNetwork:
+    one = slice(index, index + 1)
+    return replace(
+        net,
+        blocks=tuple(_block_row(block, index, keep) for block in net.blocks),
+        final_norm=_norm_row(net.final_norm, index, keep),
+        final_BTD=net.final_BTD[one, keep],
+        embed_BTD=net.embed_BTD[one, keep],
+        position_BTD=None if net.position_BTD is None else net.position_BTD[one, keep],
+        logits_BTV=net.logits_BTV[one, keep],
+        input_ids_BT=net.input_ids_BT[one, keep],
+        real_BT=net.real_BT[one, keep],
+    )

@@ -1,0 +1,87 @@
+"""RelP node sensitivities of every neuron, and the ledger that makes the sum close (paper section 3, Appendix B).
+
+One backward sweep of the frozen network gives, for each target, the total effect of one unit of every neuron, and the
+relevance of every source: embeddings, position embeddings, and biases as nodes of their own. Their sum is the target's
+value exactly (digest I1); `Ledger.error` says by how much it is missed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.frozen import FrozenNetwork
+from circuits.metric import Metric
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Relevance of every source of K targets: token and position embeddings, and biases by layer and position.
+
+    `attn_bias` holds value, output and norm biases of attention, `mlp_bias` those in front of and behind the neurons.
+    """
+
+    value_BK: Float[Tensor, "B K"]
+    embed_BKT: Float[Tensor, "B K T"]
+    position_BKT: Float[Tensor, "B K T"]
+    attn_bias_BKLT: Float[Tensor, "B K L T"]
+    mlp_bias_BKLT: Float[Tensor, "B K L T"]
+    logit_bias_BK: Float[Tensor, "B K"]
+
+    def total(self) -> Float[Tensor, "B K"]:
+        """Return the sum over all sources, which conservation makes equal to the value."""
+        tokens_BK = self.embed_BKT.sum(-1) + self.position_BKT.sum(-1)
+        return tokens_BK + self.attn_bias_BKLT.sum((-1, -2)) + self.mlp_bias_BKLT.sum((-1, -2)) + self.logit_bias_BK
+
+    def mass(self) -> Float[Tensor, "B K"]:
+        """Return the sum of absolute relevance over all sources."""
+        tokens_BK = self.embed_BKT.abs().sum(-1) + self.position_BKT.abs().sum(-1)
+        biases_BK = self.attn_bias_BKLT.abs().sum((-1, -2)) + self.mlp_bias_BKLT.abs().sum((-1, -2))
+        return tokens_BK + biases_BK + self.logit_bias_BK.abs()
+
+    def error(self) -> float:
+        """Return the worst conservation error: |total - value| relative to the larger of |value| and the mass."""
+        scale_BK = torch.maximum(self.value_BK.abs(), self.mass()).clamp_min(torch.finfo(self.value_BK.dtype).tiny)
+        return float(((self.total() - self.value_BK).abs() / scale_BK).max())
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """The total effect of one unit of every neuron on every target, and the ledger of all sources."""
+
+    sensitivity_BKLTN: Float[Tensor, "B K L T N"]
+    ledger: Ledger
+
+
+def relp(network: FrozenNetwork, metric: Metric) -> Relevance:
+    """Return sensitivities and ledger of every target in one backward sweep (padding positions get zero)."""
+    seed_BKTD = network.seed(metric)
+    effects, attn_biases, mlp_biases, bottom_BKTD = [], [], [], seed_BKTD
+    for level in network.sweep(seed_BKTD):
+        block = network.blocks[level.layer]
+        read_BKTD = level.output_BKTD if block.parallel else level.middle_BKTD
+        effects.append(level.neurons_BKTN)
+        attn_biases.append(torch.einsum("btd,bktd->bkt", block.attention_bias(), read_BKTD))
+        inside_BKT = torch.einsum("btn,bktn->bkt", block.neuron_bias(), level.neurons_BKTN)
+        mlp_biases.append(inside_BKT + torch.einsum("btd,bktd->bkt", block.mlp_bias(), level.output_BKTD))
+        bottom_BKTD = level.input_BKTD
+    embed_BKT, position_BKT = _bottom(network, bottom_BKTD)
+    ledger = Ledger(
+        value_BK=metric.value(network.logits_BTV),
+        embed_BKT=embed_BKT,
+        position_BKT=position_BKT,
+        attn_bias_BKLT=torch.stack(attn_biases[::-1], dim=2),
+        mlp_bias_BKLT=torch.stack(mlp_biases[::-1], dim=2),
+        logit_bias_BK=network.logit_bias(metric),
+    )
+    return Relevance(torch.stack(effects[::-1], dim=2), ledger)
+
+
+def _bottom(network: FrozenNetwork, g_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the relevance of the embedding sum into tokens and, where the family learns them, positions."""
+    if network.position_BTD is None:
+        embed_BKT = torch.einsum("btd,bktd->bkt", network.embed_BTD, g_BKTD)
+        return embed_BKT, torch.zeros_like(embed_BKT)
+    position_BKT = torch.einsum("btd,bktd->bkt", network.position_BTD, g_BKTD)
+    return torch.einsum("btd,bktd->bkt", network.embed_BTD - network.position_BTD, g_BKTD), position_BKT
