@@ -1,6 +1,7 @@
 """The command line: Hydra composes conf/ into one pipeline's dataclass, and the pipeline runs in its folder.
 
-    python -m shared.run pipeline=circuit_tracing model=tinyworld experiment=smoke run.folder=runs/mine
+    python -m shared.run pipeline=circuit_tracing model=tinyworld run.folder=runs/mine
+    python -m shared.run experiment=circuits/smoke
     python -m shared.run -m pipeline=circuit_tracing run.seed=0,1 hydra/launcher=joblib
 
 This is the only module that knows Hydra. The defaults of a pipeline are those of its dataclass; `--cfg job` prints all.
@@ -12,12 +13,13 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -70,9 +72,19 @@ def _store(store: ConfigStore, group: str, name: str, values: dict[str, Any]) ->
     store.store(group=group, name=name, node=OmegaConf.create(values, flags={"struct": False}))
 
 
+def task(config: DictConfig) -> None:
+    """`execute`, for Hydra: in a sweep its launcher reports the error, which belongs to one job of many."""
+    try:
+        execute(config)
+    except UserError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        _fail(error)
+
+
 def execute(config: DictConfig) -> None:
     """Run the composed pipeline in Hydra's output folder."""
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     pipeline = _chosen(values["pipeline"].pop("name"))
     settings: Any = to_dataclass(pipeline.config_class, values["pipeline"], where="pipeline")
     model = to_dataclass(ModelConfig, values["model"], where="model")
@@ -96,12 +108,14 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and we decide how an error looks
     try:
         register_defaults()
-        hydra.main(version_base="1.3", config_path=str(configuration_folder()), config_name="config")(
-            execute
-        )()
+        hydra.main(version_base="1.3", config_path=str(configuration_folder()), config_name="config")(task)()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _one_line(error: BaseException) -> str:
@@ -109,7 +123,7 @@ def _one_line(error: BaseException) -> str:
     parts = [str(error)]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         parts.append(str(error.__cause__))
-    return " ".join(" ".join(parts).split())
+    return " ".join(" ".join(parts).split()).partition(" Config search path:")[0]
 
 
 if __name__ == "__main__":
