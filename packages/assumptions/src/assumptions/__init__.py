@@ -1,1 +1,39 @@
-"""See what a model assumes about its user, and steer it."""
+"""See what a model assumes about its user, and steer it.
+
+    from assumptions import elicit, instrument, fit, capture_features, probe_direction, LexicalJudge
+
+The names below are the public ones; they are imported on first use, so that `import assumptions` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_WHERE = {
+    "DIMENSIONS": "dimensions",
+    "Chat": "chats",
+    "read_chats": "chats",
+    "Instrument": "instruments",
+    "instrument": "instruments",
+    "Settings": "elicitation",
+    "elicit": "elicitation",
+    "capture_features": "features",
+    "group_split": "splits",
+    "fit": "probes",
+    "evaluate": "probes",
+    "save_probes": "probe_files",
+    "load_probes": "probe_files",
+    "Direction": "steering",
+    "probe_direction": "steering",
+    "pattern_direction": "steering",
+    "random_directions": "steering",
+    "LexicalJudge": "outcomes",
+    "ModelJudge": "outcomes",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that defines it."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'assumptions' has no attribute {name!r}")
+    return getattr(import_module(f"assumptions.{_WHERE[name]}"), name)

@@ -1,0 +1,248 @@
+"""A reader for almost-JSON that says what it forgave and never completes what is not there.
+
+Language models write JSON with trailing commas, single or typographic quotes, bare keys, comments, Python literals,
+percentages, or stop in the middle. Ready-made repairers return a plausible object without saying what they changed,
+and read a number cut off by the token limit as a whole number. Here every leniency is listed in `Reading.repairs`,
+and a number or word touching the end of the text is dropped, because its remaining digits are unknown.
+
+Recursive descent over the text, one method a grammar rule. Percentages and fractions stay strings ("80%", "4/5"):
+what they mean is for the caller to decide. A repeated key whose values differ becomes CONFLICT.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+CONFLICT: Final = object()
+_ABSENT: Final = object()
+_QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u201d": "\u201d", "\u2018": "\u2019", "\u2019": "\u2019"}
+_STRICT_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
+_BARE = re.compile(r"[^\s,:{}\[\]\"]+")
+_LITERALS: dict[str, Any] = {"true": True, "false": False, "null": None}
+_PYTHON: dict[str, Any] = {"True": True, "False": False, "None": None}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"'}
+_MAX_DEPTH = 32
+
+
+@dataclass
+class Reading:
+    """One object read from text: its value, where it ends, what was forgiven, and whether the text ran out."""
+
+    value: dict[str, Any]
+    start: int
+    end: int
+    repairs: list[str] = field(default_factory=list)
+    truncated: bool = False
+
+
+def read_object(text: str, start: int) -> Reading:
+    """Read the object whose opening brace is at `start`; ValueError when there is no brace there."""
+    if start >= len(text) or text[start] != "{":
+        raise ValueError(f"no opening brace at position {start}")
+    reader = _Reader(text, start)
+    value = reader.object(0)
+    return Reading(value, start, reader.at, sorted(set(reader.repairs)), reader.truncated)
+
+
+class _Reader:
+    """Cursor over the text; each method consumes one grammar rule."""
+
+    def __init__(self, text: str, at: int) -> None:
+        self.text, self.at = text, at
+        self.repairs: list[str] = []
+        self.truncated = False
+
+    def peek(self) -> str:
+        return self.text[self.at] if self.at < len(self.text) else ""
+
+    def note(self, repair: str) -> None:
+        self.repairs.append(repair)
+
+    def space(self) -> None:
+        while self.at < len(self.text):
+            if self.text[self.at].isspace():
+                self.at += 1
+            elif self.text.startswith("//", self.at) or self.peek() == "#":
+                self.note("comment")
+                end = self.text.find("\n", self.at)
+                self.at = len(self.text) if end < 0 else end
+            elif self.text.startswith("/*", self.at):
+                self.note("comment")
+                end = self.text.find("*/", self.at)
+                self.at = len(self.text) if end < 0 else end + 2
+            else:
+                return
+
+    def object(self, depth: int) -> dict[str, Any]:
+        pairs: dict[str, Any] = {}
+        self.at += 1
+        after_comma = False
+        while True:
+            self.space()
+            here = self.peek()
+            if here == "":
+                self.truncated = True
+                return pairs
+            if here == "}":
+                if after_comma:
+                    self.note("trailing comma")
+                self.at += 1
+                return pairs
+            if here in ",]":
+                self.note("stray punctuation")
+                self.at += 1
+                continue
+            key = self.key()
+            value = self.value(depth) if self.colon() else _ABSENT
+            if value is not _ABSENT:
+                self.put(pairs, key, value)
+            after_comma = self.comma()
+
+    def put(self, pairs: dict[str, Any], key: str, value: Any) -> None:
+        if key in pairs and pairs[key] != value:
+            self.note("repeated key")
+            value = CONFLICT
+        pairs[key] = value
+
+    def key(self) -> str:
+        if self.peek() in _QUOTES:
+            return self.string(closers=":")[0]
+        self.note("bare key")
+        return self.bare()
+
+    def colon(self) -> bool:
+        self.space()
+        if self.peek() == ":":
+            self.at += 1
+            return True
+        if self.peek() == "=":
+            self.note("equals sign")
+            self.at += 1
+            return True
+        if self.peek() == "":
+            self.truncated = True
+        else:
+            self.note("key without value")
+        return False
+
+    def comma(self) -> bool:
+        """Consume the separator between two members; True when it was there."""
+        self.space()
+        if self.peek() == ",":
+            self.at += 1
+            return True
+        if self.peek() not in "}]":
+            self.note("missing comma")
+        return False
+
+    def value(self, depth: int) -> Any:
+        self.space()
+        here = self.peek()
+        if here == "":
+            self.truncated = True
+            return _ABSENT
+        if here in "{[":
+            if depth >= _MAX_DEPTH:
+                self.note("nested too deeply")
+                self.at, self.truncated = len(self.text), True
+                return _ABSENT
+            return self.object(depth + 1) if here == "{" else self.array(depth + 1)
+        if here in _QUOTES:
+            string, closed = self.string(closers=",}]")
+            return string if closed else _ABSENT
+        if here in ",}]":
+            self.note("key without value")
+            return _ABSENT
+        return self.scalar()
+
+    def array(self, depth: int) -> list[Any]:
+        items: list[Any] = []
+        self.at += 1
+        after_comma = False
+        while True:
+            self.space()
+            if self.peek() == "":
+                self.truncated = True
+                return items
+            if self.peek() == "]":
+                if after_comma:
+                    self.note("trailing comma")
+                self.at += 1
+                return items
+            if self.peek() in ",}:":
+                self.note("stray punctuation")
+                self.at += 1
+                continue
+            item = self.value(depth)
+            if item is not _ABSENT:
+                items.append(item)
+            after_comma = self.comma()
+
+    def bare(self) -> str:
+        found = _BARE.match(self.text, self.at)
+        if found is None:  # a character no rule accepts: step over it so that reading goes on
+            self.at += 1
+            return ""
+        self.at = found.end()
+        return found.group()
+
+    def scalar(self) -> Any:
+        if (
+            self.peek() == "<" and (end := self.text.find(">", self.at)) >= 0
+        ):  # a placeholder copied from a prompt
+            self.note("placeholder")
+            word, self.at = self.text[self.at : end + 1], end + 1
+            return word
+        word = self.bare()
+        if self.at >= len(self.text):
+            self.truncated = True
+            return _ABSENT
+        if _STRICT_NUMBER.fullmatch(word):
+            return float(word)
+        if word in _LITERALS:
+            return _LITERALS[word]
+        self.note("bare value")
+        return _PYTHON.get(word, word)
+
+    def string(self, closers: str) -> tuple[str, bool]:
+        """Read a quoted string; a quote followed by none of `closers` is taken as part of the text."""
+        opening = self.peek()
+        closing = _QUOTES[opening]
+        if opening != '"':
+            self.note("quotes")
+        self.at += 1
+        out: list[str] = []
+        while self.at < len(self.text):
+            here = self.text[self.at]
+            if here == "\\":
+                out.append(self.escape())
+                continue
+            if here == closing and self.closes(closers):
+                self.at += 1
+                return "".join(out), True
+            if here in "\n\r\t":
+                self.note("control character in string")
+            out.append(here)
+            self.at += 1
+        self.truncated = True
+        return "".join(out), False
+
+    def escape(self) -> str:
+        code = self.text[self.at + 1 : self.at + 2]
+        hexadecimal = self.text[self.at + 2 : self.at + 6]
+        if code == "u" and re.fullmatch(r"[0-9a-fA-F]{4}", hexadecimal):
+            self.at += 6
+            return chr(int(hexadecimal, 16))
+        self.at += 2
+        if code not in _ESCAPES:
+            self.note("unknown escape")
+        return _ESCAPES.get(code, code)
+
+    def closes(self, closers: str) -> bool:
+        rest = self.text[self.at + 1 :].lstrip()
+        if rest == "" or rest[0] in closers or rest[0] in "\"'\u201c\u2018":
+            return True
+        if rest.startswith(("//", "/*", "#")):
+            return True
+        self.note("quote in string")
+        return False

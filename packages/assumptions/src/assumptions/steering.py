@@ -1,0 +1,90 @@
+"""Steering along a direction: h <- h + alpha v at a block's output, v of unit norm (paper section on steering).
+
+alpha > 0 raises the labelled score: the read-out <h, v> grows by exactly alpha at every position in scope. A dose is
+alpha in a unit: `raw`; `proj_sd`, standard deviations of the projection over the training rows; `resid_norm`, mean
+norms of the pooled residual stream. A dose means the same push for a probe direction and for its random controls: they
+share block and scale (norm-matched).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from assumptions.probes import Probe
+from shared.errors import UserError
+from shared.interventions import Add
+from shared.tokens import Phase
+
+Unit = Literal["raw", "proj_sd", "resid_norm"]
+Kind = Literal["probe", "pattern", "random"]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A unit direction at the output of a block, with the scales of its doses; `name` is unique within a study."""
+
+    name: str
+    dimension: str
+    kind: Kind
+    block: int
+    unit_D: Float[Tensor, "D"]
+    projection_sd: float
+    resid_norm: float
+
+    @property
+    def site(self) -> str:
+        """Where the direction is added: the site it was read at."""
+        return f"blocks.{self.block}.output"
+
+    def alpha(self, dose: float, unit: Unit = "proj_sd") -> float:
+        """The absolute strength of a dose."""
+        return dose * {"raw": 1.0, "proj_sd": self.projection_sd, "resid_norm": self.resid_norm}[unit]
+
+    def interventions(self, dose: float, unit: Unit = "proj_sd", phase: Phase = Phase.ALL) -> list[Add]:
+        """The edit of a dose, for `shared.hooks.edit` or for `save_interventions`; dose 0 edits nothing at all."""
+        if dose == 0:
+            return []
+        return [Add(self.site, self.unit_D.float(), self.alpha(dose, unit), phase=phase)]
+
+
+def probe_direction(probe: Probe) -> Direction:
+    """The filter direction: the probe's own coefficients."""
+    return _direction(probe, "probe", probe.weight_D, probe.projection_sd)
+
+
+def pattern_direction(probe: Probe) -> Direction:
+    """The pattern direction Cov(h, score)."""
+    return _direction(probe, "pattern", probe.pattern_D, probe.pattern_sd)
+
+
+def random_directions(matched: Direction, count: int, seed: int = 0) -> list[Direction]:
+    """Random unit directions at the same block with the same scales: equal doses push equally far."""
+    draw = torch.Generator().manual_seed(seed)
+    directions = []
+    for number in range(count):
+        drawn_D = torch.randn(len(matched.unit_D), generator=draw, dtype=torch.float64)
+        name = f"{matched.dimension}.random{number}"
+        directions.append(replace(matched, name=name, kind="random", unit_D=drawn_D / drawn_D.norm()))
+    return directions
+
+
+def cosines(directions: Sequence[Direction]) -> Float[Tensor, "K K"]:
+    """Cosine similarity of all pairs of directions."""
+    unit_KD = torch.stack([direction.unit_D.double() for direction in directions])
+    return unit_KD @ unit_KD.T
+
+
+def _direction(probe: Probe, kind: Kind, vector_D: Float[Tensor, "D"], sd: float) -> Direction:
+    norm = float(vector_D.norm())
+    if not norm > 0:
+        raise UserError(
+            f"the {kind} direction of {probe.dimension} is zero; its probe found nothing to steer along"
+        )
+    unit_D = vector_D.double() / norm
+    return Direction(
+        f"{probe.dimension}.{kind}", probe.dimension, kind, probe.block, unit_D, sd, probe.resid_norm
+    )
