@@ -1,0 +1,69 @@
+# `make` lists the targets. Settings: MODEL=, EXPERIMENT=, ARGS= (passed to Hydra), ACCEL=cpu|cuda, PYTHON=.
+
+ACCEL ?= $(or $(patsubst .venv/.setup-%,%,$(firstword $(wildcard .venv/.setup-*))),cpu)
+MODEL ?= tinyworld
+EXPERIMENT ?=
+ARGS ?=
+PIPELINE ?= circuit_tracing
+LAUNCHER ?= joblib
+SWEEP ?= runs/sweep/$(shell date +%Y-%m-%d_%H-%M-%S)
+export ACCEL
+
+PY := .venv/bin/python
+STAMP := .venv/.setup-$(ACCEL)
+# A preset of conf/model, or anything that ModelConfig.name takes (a folder, a Hugging Face id, random:llama).
+model = $(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),model.name=$(MODEL))
+run = $(PY) -m shared.run pipeline=$(1) $(model) $(if $(EXPERIMENT),experiment=$(2)/$(EXPERIMENT)) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo preft circuits assumptions sweep bench tinyworld test check format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## virtual environment, exact pins, the four packages (ACCEL=cuda for a GPU)
+
+$(STAMP): requirements/$(ACCEL).txt requirements/overrides-cpu.txt $(wildcard shared/pyproject.toml packages/*/pyproject.toml)
+	@scripts/setup
+
+demo: setup ## all three pipelines on the embedded model: one screen of figures, reports in runs/demo
+	@$(PY) -m shared.demo $(ARGS)
+
+preft: setup ## prefill-only adapters: train, serve in one vLLM batch (MODEL=, EXPERIMENT=, ARGS=)
+	@$(call run,adapter_serving,preft)
+
+circuits: setup ## neuron circuits: attribute, prune, ablate (MODEL=, EXPERIMENT=, ARGS=)
+	@$(call run,circuit_tracing,circuits)
+
+assumptions: setup ## assumptions about the user: elicit, probe, steer (MODEL=, EXPERIMENT=, ARGS=)
+	@$(call run,assumption_probing,assumptions)
+
+sweep: setup ## runs side by side and one table: PIPELINE=circuit_tracing LAUNCHER=joblib ARGS="run.seed=0,1"
+	@$(PY) -m shared.run -m pipeline=$(PIPELINE) $(model) hydra/launcher=$(LAUNCHER) sweep.folder=$(SWEEP) \
+		$(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS)
+	@$(PY) -m shared.collect $(SWEEP)
+
+bench: setup ## every benchmark in benchmarks/, results in benchmarks/results
+	@for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; $(PY) $$file $(ARGS) || exit 1; done
+
+tinyworld: setup ## train the embedded model again from its seeded generator
+	@$(PY) -m shared.tinyworld.train $(ARGS)
+
+test: setup ## all tests (ARGS= goes to pytest)
+	@$(PY) -m pytest $(ARGS)
+
+check: setup ## format, lint and types
+	@$(PY) -m ruff format --check || { echo "check: run 'make format'" >&2; exit 1; }
+	@$(PY) -m ruff check || { echo "check: see above; 'make format' mends part of it" >&2; exit 1; }
+	@$(PY) -m mypy || { echo "check: mend the types named above" >&2; exit 1; }
+
+format: setup ## format the code and apply safe lint fixes
+	@$(PY) -m ruff check --fix-only --quiet
+	@$(PY) -m ruff format
+
+lock: setup ## resolve requirements/*.in into exact pins again
+	@scripts/lock
+
+clean: ## remove runs and caches; .venv stays
+	rm -rf runs multirun outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
