@@ -1,0 +1,119 @@
+"""The self-check at loading: does the model compute what its architecture row says?
+
+One forward pass over a few tokens, captured at every site through the hooks, then, in every block:
+
+    shapes      every site has the width the table states
+    projections q, k, v (and gate, up) equal the weights of `BlockView` times their input
+    neurons     the activation rule gives the input of the down projection
+    mlp         neurons through the down projection (and post-norm) give mlp_out
+    attention   heads through the output projection (and post-norm) give attn_out
+    residual    input + attn_out + mlp_out = output
+
+`ArchitectureError` names the failing check, the block and the error. Quantised models are checked for shapes, mlp,
+attention and residual only, since their weights are not plain matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from shared.architecture import Architecture, ArchitectureError
+from shared.hooks import Activations, capture
+from shared.tokens import pad
+
+if TYPE_CHECKING:
+    from shared.models import Model
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+LOW_PRECISION_TOLERANCE = 5e-2
+_TOKENS = 6
+
+
+def check(model: Model) -> None:
+    """Run all checks on a loaded model; `ArchitectureError` names the first that fails."""
+    architecture = model.architecture
+    if model.hf.device.type == "meta":
+        return
+    ids = [(7 * i + 3) % architecture.vocab_size for i in range(_TOKENS)]
+    sites = [site for site in architecture.sites() if site not in ("embed", "logits")]
+    with torch.no_grad(), capture(model, sites) as acts:
+        model(pad([ids], [_TOKENS], 0))
+    tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
+    if model.config.quantization:
+        tolerance = LOW_PRECISION_TOLERANCE
+    _check_shapes(architecture, acts)
+    for layer in range(architecture.n_layers):
+        for name, got, expected in block_identities(architecture, layer, acts, not model.config.quantization):
+            _compare(architecture, f"{name} in block {layer}", got, expected, tolerance)
+
+
+def block_identities(
+    architecture: Architecture, layer: int, acts: Activations, weights: bool = True
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Pairs (name, what the table predicts, what the model computed) of one block."""
+    row = architecture.row
+
+    def site(kind: str) -> Tensor:
+        return acts[f"blocks.{layer}.{kind}"]
+
+    def through(paths: tuple[str | None, ...], value: Tensor) -> Tensor:
+        for path in paths:
+            if path:
+                value = architecture._module(architecture.block_path(layer, path))(value)
+        return value
+
+    with torch.no_grad():
+        if weights:
+            yield from _weight_identities(architecture, layer, site)
+        yield "attention", through((row.o, row.attn_post_norm), site("heads")), site("attn_out")
+        yield "mlp", through((row.down, row.mlp_post_norm), site("neurons")), site("mlp_out")
+        yield "residual", site("input") + site("attn_out") + site("mlp_out"), site("output")
+
+
+def _weight_identities(
+    architecture: Architecture, layer: int, site: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    block = architecture.block(layer)
+    middle = site("input") if block.parallel else site("input") + site("attn_out")
+    attn_in, mlp_in = site("input"), middle
+    if block.attn_norm is not None:
+        attn_in = site("attn_norm")
+        yield "attn_norm", block.attn_norm(site("input")), attn_in
+    if block.mlp_norm is not None:
+        mlp_in = site("mlp_norm")
+        yield "mlp_norm", block.mlp_norm(middle), mlp_in
+    for kind in ("q", "k", "v"):
+        weight, bias = getattr(block, f"W_{kind}"), getattr(block, f"b_{kind}")
+        yield f"projection {kind}", torch.nn.functional.linear(attn_in, weight, bias), site(kind)
+    act = architecture._module(architecture.block_path(layer, architecture.row.act))
+    up = torch.nn.functional.linear(mlp_in, block.W_up, block.b_up)
+    yield "projection up", up, site("up")
+    if block.W_gate is None:
+        yield "neurons", act(site("up")), site("neurons")
+    else:
+        yield "projection gate", torch.nn.functional.linear(mlp_in, block.W_gate, block.b_gate), site("gate")
+        yield "neurons", act(site("gate")) * site("up"), site("neurons")
+
+
+def _check_shapes(architecture: Architecture, acts: Activations) -> None:
+    for site in acts.sites:
+        expected = (1, _TOKENS, architecture.site_width(site))
+        if tuple(acts[site].shape) != expected:
+            raise ArchitectureError(
+                f"{architecture.family}: check 'shapes' failed: {site} has shape {tuple(acts[site].shape)}, "
+                f"the table expects {expected}."
+            )
+
+
+def _compare(architecture: Architecture, name: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+    scale = max(1.0, float(expected.float().abs().max()))
+    error = float((got.float() - expected.float()).abs().max()) / scale
+    if not error <= tolerance:
+        raise ArchitectureError(
+            f"{architecture.family}: check '{name}' failed: relative error {error:.2e} above {tolerance:.0e}. "
+            "The model does not have the structure of this family's row in shared.architecture.FAMILIES."
+        )

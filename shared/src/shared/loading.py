@@ -1,0 +1,133 @@
+"""Fetch the Hugging Face module and tokenizer that a `ModelConfig` names, and wrap them for nnsight.
+
+Every failure that a user can mend (no such folder, hub unreachable, gated, unsupported family, missing package) becomes
+one `UserError` that names the ways out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shared.architecture import family_of
+from shared.errors import UserError
+
+if TYPE_CHECKING:
+    from shared.models import ModelConfig
+
+RANDOM = "random:"
+
+
+def load_hf(config: ModelConfig) -> tuple[Any, Any, Path | None]:
+    """Module, tokenizer and local folder (None where there is none) of a config."""
+    if config.name.startswith(RANDOM):
+        from shared.random_models import random_model
+
+        hf, tokenizer = random_model(config.name.removeprefix(RANDOM), config.seed)
+        hf = hf.to(dtype=_dtype(config), device=_device(config))
+        _set_attention(hf, config.attn_implementation)
+        return hf, tokenizer, None
+    path = _local_path(config)
+    source = str(path) if path else config.name
+    common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    hf_config = _fetch(config, "AutoConfig", source, common)
+    family_of(hf_config)
+    tokenizer = _fetch(config, "AutoTokenizer", source, common)
+    options = {**common, "dtype": _dtype(config), "attn_implementation": _attention(hf_config, config)}
+    if config.device_map is not None:
+        options["device_map"] = config.device_map
+    if config.quantization is not None:
+        options["quantization_config"] = _quantization(config)
+    hf = _fetch(config, "AutoModelForCausalLM", source, options)
+    if config.device_map is None and config.quantization is None:
+        hf = hf.to(_device(config))
+    return hf, tokenizer, path
+
+
+def wrap(hf: Any, tokenizer: Any) -> Any:
+    """An nnsight model over the module itself: no copy, no download, inert outside a trace."""
+    from nnsight.modeling.transformers import TransformersModel
+
+    class TokenModel(TransformersModel):
+        """A `TransformersModel` whose input is always a ready batch of token ids."""
+
+        def _batch(self, invokes: list, fn: Any) -> tuple:
+            # Rows are padded, masked and numbered by `TokenBatch`; collating them again would undo that.
+            return invokes[0] if len(invokes) == 1 else super()._batch(invokes, fn)
+
+        def _remoteable_class(self) -> type:
+            return TransformersModel
+
+    return TokenModel(hf, task="text-generation", tokenizer=tokenizer)
+
+
+def _local_path(config: ModelConfig) -> Path | None:
+    if config.name == "tinyworld":
+        from shared.tinyworld import MODEL_DIR
+
+        if not any(Path(MODEL_DIR).glob("*.safetensors")):
+            raise UserError(
+                f"The embedded model has no weights in {MODEL_DIR}. Run `make tinyworld` to train it, or choose "
+                "another model (model.name=random:llama, a local folder, or a Hugging Face id)."
+            )
+        return Path(MODEL_DIR)
+    path = Path(config.name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} holds no config.json: it is not a Hugging Face model folder.")
+        return path
+    if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+        raise UserError(f"There is no model folder {path}. Check the path, or give a Hugging Face id.")
+    return None
+
+
+def _fetch(config: ModelConfig, auto: str, source: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    try:
+        return getattr(transformers, auto).from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"Could not load {config.name!r}: {reason} Ways out: check the name and revision; if the hub is not "
+            "reachable, download the model elsewhere and give its folder as the name; for a gated model run "
+            "`hf auth login`; or use the embedded model (name=tinyworld)."
+        ) from error
+
+
+def _dtype(config: ModelConfig) -> Any:
+    if config.dtype == "auto":
+        return torch.float32 if config.name.startswith(RANDOM) else "auto"
+    return getattr(torch, config.dtype)
+
+
+def _device(config: ModelConfig) -> str:
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _attention(hf_config: Any, config: ModelConfig) -> str:
+    # transformers' SDPA path ignores the soft cap on attention scores (Gemma 2); only eager computes it.
+    capped = getattr(hf_config, "attn_logit_softcapping", None) is not None
+    return "eager" if capped and config.attn_implementation == "sdpa" else config.attn_implementation
+
+
+def _set_attention(hf: Any, implementation: str) -> None:
+    capped = getattr(hf.config, "attn_logit_softcapping", None) is not None
+    hf.set_attn_implementation("eager" if capped and implementation == "sdpa" else implementation)
+
+
+def _quantization(config: ModelConfig) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    try:
+        if config.quantization == "4bit":
+            return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    except ImportError as error:
+        raise UserError(
+            f"Quantised loading needs bitsandbytes ({error}). Install it, or drop quantization."
+        ) from error

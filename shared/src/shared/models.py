@@ -1,0 +1,144 @@
+"""Load a language model by configuration: embedded, local, from the hub, or tiny random weights of any family.
+
+`load` returns a `Model`: the Hugging Face module (eval mode, never changed), an nnsight model over the same module, the
+tokenizer, the bound architecture and a fingerprint. Loading checks the architecture table against the model once
+(`shared.checks`). Everything that can go wrong ends in one `UserError` that names the ways out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shared.architecture import Architecture
+from shared.errors import UserError
+from shared.hooks import ActiveHooks, run
+from shared.tokens import History, Message, TokenBatch, encode_rows
+
+if TYPE_CHECKING:
+    from shared.decoding import Generated
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What to load.
+
+    `name`: "tinyworld", "random:<family>", a local folder, or a Hugging Face id. `dtype`: a torch dtype's name, or
+    "auto" for the checkpoint's. `device`: "auto" (cuda where there is one), "cpu", "cuda:1". `device_map`: passed to
+    transformers instead of `device`. `quantization`: "4bit" or "8bit" (bitsandbytes). `remote`: run on NDIF.
+    """
+
+    name: str = "tinyworld"
+    dtype: str = "float32"
+    device: str = "auto"
+    device_map: str | None = None
+    revision: str | None = None
+    quantization: str | None = None
+    remote: bool = False
+    trust_remote_code: bool = False
+    attn_implementation: str = "sdpa"
+    seed: int = 0
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded model; `model(batch)` and `model.generate(batch)` run under the active captures and edits."""
+
+    hf: Any
+    lm: Any
+    tokenizer: Any
+    architecture: Architecture
+    config: ModelConfig
+    path: Path | None = None
+    active: ActiveHooks = field(default_factory=ActiveHooks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token ids go."""
+        return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type of the activations."""
+        return self.hf.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that identify configuration and weights (`shared.fingerprint`)."""
+        from shared.fingerprint import fingerprint
+
+        return fingerprint(self.hf)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end a generation: those of the generation config, and the tokenizer's."""
+        configured = getattr(self.hf.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        return sorted({i for i in [*ids, self.tokenizer.eos_token_id] if i is not None})
+
+    def encode(
+        self,
+        rows: Sequence[str | list[Message]],
+        padding_side: str = "left",
+        history: History = History.RECOMPUTE,
+    ) -> TokenBatch:
+        """Texts and chats as a padded batch on the model's device (`shared.tokens.encode_rows`)."""
+        return encode_rows(self.tokenizer, rows, padding_side, history).to(self.device)
+
+    def __call__(self, batch: TokenBatch) -> Float[Tensor, "B T V"]:
+        """Logits of every token; gradients as the caller has set them."""
+        batch = batch.to(self.device)
+        self.active.begin()
+        # Packed rows: without a padding mask transformers derives the documents from the restarting positions.
+        mask_BT = None if batch.packed else batch.attention_mask_BT
+        inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT}
+        return run(self, batch, **inputs, attention_mask=mask_BT, use_cache=False).logits
+
+    def generate(
+        self,
+        batch: TokenBatch,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> Generated:
+        """Continue every row of a left-padded batch (`shared.decoding.generate`)."""
+        from shared.decoding import generate
+
+        return generate(self, batch, max_new_tokens, temperature, top_p, seed, stop_token_ids)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write weights, config and tokenizer in Hugging Face format; `load(folder)` reads them back."""
+        folder = Path(folder)
+        self.hf.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        return folder
+
+
+def load(config: ModelConfig | str) -> Model:
+    """Load a model; `UserError` names the ways out when it cannot be had."""
+    from shared.checks import check
+    from shared.loading import load_hf, wrap
+
+    config = ModelConfig(name=config) if isinstance(config, str) else config
+    _check_config(config)
+    hf, tokenizer, path = load_hf(config)
+    hf.eval()
+    model = Model(hf, wrap(hf, tokenizer), tokenizer, Architecture(hf), config, path)
+    check(model)
+    return model
+
+
+def _check_config(config: ModelConfig) -> None:
+    if config.dtype != "auto" and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
+        raise UserError(f"Unknown dtype {config.dtype!r}: use float32, bfloat16, float16 or auto.")
+    if config.quantization not in (None, "4bit", "8bit"):
+        raise UserError(f"Unknown quantization {config.quantization!r}: use 4bit, 8bit or null.")
