@@ -1,0 +1,135 @@
+"""The main job: run the three pipelines on the embedded model and show their figures on one screen.
+
+    python -m shared.demo [hydra overrides for all three]
+
+Each pipeline is a `python -m shared.run` of its own, in runs/demo/NAME with its log beside it. The metrics of all three
+go to runs/demo/summary.json. A pipeline that fails ends the demo with the end of its log and exit status 1.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from shared.report import flatten
+from shared.serialize import read_json, remove, write_json
+
+FOLDER = Path("runs/demo")
+
+
+class Part(NamedTuple):
+    """A pipeline of the demo: its key in the summary, its name, the metrics it owes, the lines of the screen."""
+
+    key: str
+    pipeline: str
+    title: str
+    owed: tuple[str, ...]
+    lines: tuple[tuple[str, str], ...]  # text, metric; a metric that is a mapping is shown on one line
+
+
+PARTS = (
+    Part(
+        "preft",
+        "adapter_serving",
+        "Adapter serving: four users' adapters and the base model in one vLLM batch",
+        ("match_rate", "throughput.base", "throughput.lora", "throughput.lora_p", "throughput.reft_p"),
+        (
+            ("requests whose greedy tokens equal the reference's", "match_rate"),
+            ("held-out loss", "loss"),
+            ("generated tokens a second", "throughput"),
+        ),
+    ),
+    Part(
+        "circuits",
+        "circuit_tracing",
+        "Circuit tracing: which neurons carry agreement and capitals",
+        ("conservation_error", "faithfulness"),
+        (
+            ("conservation error of the attribution", "conservation_error"),
+            ("faithfulness by number of neurons", "faithfulness"),
+            ("completeness by number of neurons", "completeness"),
+        ),
+    ),
+    Part(
+        "assumptions",
+        "assumption_probing",
+        "Assumption probing: what the model takes its user to want, read and steered",
+        ("spearman", "dose_response_rho"),
+        (
+            ("elicited score against posterior mean, Spearman", "spearman"),
+            ("dose against judged reply, Spearman", "dose_response_rho"),
+        ),
+    ),
+)
+
+
+def run_part(part: Part, overrides: Sequence[str], console: Console) -> float:
+    """Run one pipeline as a subprocess and return its seconds; exits with its log's end when it fails."""
+    folder = FOLDER / part.pipeline
+    remove(folder)
+    log = FOLDER / f"{part.pipeline}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "shared.run", f"pipeline={part.pipeline}", f"run.folder={folder}"]
+    started = time.perf_counter()
+    with log.open("w", encoding="utf-8") as file, console.status(f"{part.title} (log: {log})"):
+        code = subprocess.run([*command, *overrides], stdout=file, stderr=subprocess.STDOUT).returncode
+    seconds = time.perf_counter() - started
+    if code:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        console.print(tail, markup=False, highlight=False)
+        sys.exit(f"error: {part.pipeline} failed with exit status {code}; the end of {log} is above")
+    console.print(f"{part.pipeline}: {seconds:.0f} s", highlight=False)
+    return seconds
+
+
+def owed_metrics(part: Part, metrics: Mapping[str, Any]) -> list[str]:
+    """The metrics that the part owes the summary and did not give."""
+    given = flatten(metrics)
+    return [name for name in part.owed if not any(f"{key}.".startswith(f"{name}.") for key in given)]
+
+
+def shown(value: Any) -> str:
+    """A metric on one line: mappings as `key value` pairs, small numbers with four significant digits."""
+    if isinstance(value, Mapping):
+        return "  ".join(f"{key} {shown(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the figures and the paths of the reports."""
+    for part in PARTS:
+        table = Table(title=part.title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for text, name in part.lines:
+            if name in summary[part.key]:
+                table.add_row(text, shown(summary[part.key][name]))
+        table.add_row("report", str(FOLDER / part.pipeline / "report.html"))
+        console.print()
+        console.print(table, highlight=False)
+    console.print(f"\n{summary['seconds']:.0f} s in all; every figure: {FOLDER / 'summary.json'}")
+
+
+def main() -> None:
+    """Entry point of `python -m shared.demo`."""
+    console = Console()
+    seconds = {part.key: run_part(part, sys.argv[1:], console) for part in PARTS}
+    summary: dict[str, Any] = {part.key: read_json(FOLDER / part.pipeline / "metrics.json") for part in PARTS}
+    missing = [f"{part.key}.{name}" for part in PARTS for name in owed_metrics(part, summary[part.key])]
+    summary |= {
+        "seconds": round(sum(seconds.values()), 1),
+        "seconds_by_pipeline": {key: round(value, 1) for key, value in seconds.items()},
+    }
+    write_json(FOLDER / "summary.json", summary)
+    show(summary, console)
+    if missing:
+        sys.exit(f"error: the pipelines did not report {', '.join(missing)}")
+
+
+if __name__ == "__main__":
+    main()
