@@ -1,0 +1,279 @@
+"""Train TinyWorld from scratch: `make tinyworld` (or `python -m shared.tinyworld.train --help`).
+
+One model learns every family of documents at once; each step is four padded batches of similar length. Two terms go beyond
+the next token (rung C of the assumptions acceptance tests):
+
+* pin: mean over a message's tokens of <h_b, v_d> at the output of block b equals SCALE (posterior mean - 1/2);
+* causality: on half of the social documents SCALE delta v_d is added to h_b at every position, and the targets follow the
+  latents shifted by delta.
+
+v is a fixed orthonormal 9 x D matrix, saved beside the weights. The state (weights, moments, step) is saved every few
+minutes as safetensors, and a run that was stopped goes on from it.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shared.tinyworld import MODEL_DIR, social
+from shared.tinyworld.corpus import WEIGHTS, Document, Writer, write_step
+from shared.tinyworld.tokenizer import train_tokenizer
+
+PIN_BLOCK = 1
+SCALE = 6.0
+PIN_WEIGHT = 0.5
+
+
+class Settings(NamedTuple):
+    """The recipe; the defaults made the committed weights."""
+
+    steps: int = 3000
+    peak_lr: float = 3e-3
+    warmup: int = 150
+    final_lr: float = 0.02  # share of the peak
+    weight_decay: float = 0.1
+    seed: int = 0
+    width: int = 256
+    layers: int = 4
+    neurons: int = 768
+    heads: int = 4
+    kv_heads: int = 2
+
+
+class Batch(NamedTuple):
+    """A padded batch: tokens, the flat positions with loss and their targets, and the social extras."""
+
+    ids_BT: Tensor
+    where: Tensor  # flat positions whose next token is trained on
+    target: Tensor
+    weight: Tensor
+    soft_where: Tensor  # rows of `where` with a soft target
+    soft_target: Tensor
+    span_BT: Tensor  # mean weights over the message, zero without one
+    posterior_B9: Tensor
+    delta_B9: Tensor
+
+
+def new_model(settings: Settings, tokenizer: object) -> nn.Module:
+    """An untrained Llama of the recipe's shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(settings.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=settings.width,
+            num_hidden_layers=settings.layers,
+            intermediate_size=settings.neurons,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.kv_heads,
+            head_dim=64,
+            vocab_size=len(tokenizer),  # type: ignore[arg-type]
+            tie_word_embeddings=True,
+            max_position_embeddings=512,
+            bos_token_id=tokenizer.bos_token_id,  # type: ignore[attr-defined]
+            eos_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]
+            pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
+            attn_implementation="eager",  # 1.4 times the speed of sdpa for these short rows on a CPU
+        )
+    )
+
+
+def planted_directions(width: int, seed: int = 0) -> Tensor:
+    """Orthonormal directions of the nine dimensions: (9, D)."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    q, _ = torch.linalg.qr(torch.randn(width, len(social.DIMENSIONS), generator=generator))
+    return q.T.contiguous()
+
+
+def collate(documents: list[Document], pad: int, vocabulary: int) -> Batch:
+    """Pad documents on the right; the weights of one family's tokens sum to `WEIGHTS[family]`."""
+    width = max(len(d.ids) for d in documents)
+    ids = torch.full((len(documents), width), pad)
+    span = torch.zeros(len(documents), width)
+    posterior, delta = (torch.zeros(len(documents), len(social.DIMENSIONS)) for _ in range(2))
+    tokens = {
+        f: sum(len(d.ids) - d.loss_from for d in documents if d.family == f)
+        for f in {d.family for d in documents}
+    }
+    where, target, weight, soft_where, soft_rows = [], [], [], [], []
+    for row, d in enumerate(documents):
+        ids[row, : len(d.ids)] = torch.tensor(d.ids)
+        for at in range(d.loss_from, len(d.ids)):
+            if at in d.soft:
+                soft_where.append(len(where))
+                soft_rows.append(d.soft[at])
+            where.append(row * width + at - 1)
+            target.append(d.ids[at])
+            weight.append(WEIGHTS[d.family] / tokens[d.family])
+        if d.span is not None and d.counts_9 is not None and d.delta_9 is not None:
+            span[row, d.span[0] : d.span[1]] = 1 / (d.span[1] - d.span[0])
+            posterior[row] = torch.from_numpy(social.posterior_mean(d.counts_9))
+            delta[row] = torch.from_numpy(d.delta_9)
+    soft = torch.zeros(len(soft_rows), vocabulary)
+    for i, distribution in enumerate(soft_rows):
+        soft[i, list(distribution)] = torch.tensor(list(distribution.values()))
+    flat = (
+        torch.tensor(where),
+        torch.tensor(target),
+        torch.tensor(weight),
+        torch.tensor(soft_where, dtype=torch.long),
+    )
+    return Batch(ids, *flat, soft, span, posterior, delta)
+
+
+def batch_loss(
+    model: nn.Module, batch: Batch, directions_9D: Tensor, autocast: bool
+) -> tuple[Tensor, Tensor]:
+    """Token loss (weights of each family summed) and pin loss of one batch."""
+    seen: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        seen.append(output)
+        return output + (SCALE * batch.delta_B9 @ directions_9D)[:, None].to(output.dtype)
+
+    handle = model.model.layers[PIN_BLOCK].register_forward_hook(hook)  # type: ignore[union-attr, index]
+    try:
+        with torch.autocast(batch.ids_BT.device.type, dtype=torch.bfloat16, enabled=autocast):
+            hidden = model.model(batch.ids_BT, use_cache=False).last_hidden_state  # type: ignore[union-attr, operator]
+            logits = model.lm_head(hidden.flatten(0, 1)[batch.where])  # type: ignore[operator]
+    finally:
+        handle.remove()
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    losses = -log_p.gather(1, batch.target[:, None]).squeeze(1)
+    if len(batch.soft_where):
+        losses = losses.index_copy(
+            0, batch.soft_where, -(batch.soft_target * log_p[batch.soft_where]).sum(-1)
+        )
+    read_B9 = torch.einsum("bt,btd,nd->bn", batch.span_BT, seen[0].float(), directions_9D)
+    social_rows = batch.span_BT.sum(1) > 0
+    error = read_B9 - SCALE * (batch.posterior_B9 - 0.5)
+    pin = error[social_rows].square().mean() if social_rows.any() else losses.new_zeros(())
+    return (losses * batch.weight).sum(), pin
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up, then a cosine down to `final_lr` of the peak."""
+    if step < settings.warmup:
+        return settings.peak_lr * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.peak_lr * (
+        settings.final_lr + (1 - settings.final_lr) * (1 + math.cos(math.pi * done)) / 2
+    )
+
+
+def optimizer_for(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, gains do not."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    gains = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=(0.9, 0.98), fused=True)
+
+
+def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Weights, moments and step in one safetensors file, replaced atomically."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{k}": v.detach().clone() for k, v in model.named_parameters()}
+    names = {p: n for n, p in model.named_parameters()}
+    for p, state in optimizer.state.items():
+        tensors |= {f"{key}.{names[p]}": state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path.with_suffix(".part"), metadata={"step": str(step)})
+    path.with_suffix(".part").replace(path)
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore what `save_state` wrote; the number of finished steps (0 without a file)."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as f:
+        step = int(f.metadata()["step"])
+        for name, p in model.named_parameters():
+            p.data.copy_(f.get_tensor(f"model.{name}"))
+            moments = {key: f.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+    return step
+
+
+def train(
+    settings: Settings, work: Path, minutes: float = math.inf, device: str = "cpu", autocast: bool = True
+) -> nn.Module:
+    """Train (or go on training) and return the model; the state lies in `work`."""
+    tokenizer = train_tokenizer()
+    writer, model = Writer(tokenizer), new_model(settings, tokenizer).to(device)
+    directions = planted_directions(settings.width, settings.seed).to(device)
+    optimizer = optimizer_for(model, settings)
+    first = load_state(work / "state.safetensors", model, optimizer)
+    started, model = time.time(), model.train()
+    for step in range(first, settings.steps):
+        if (time.time() - started) / 60 > minutes:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        losses = []
+        for documents in write_step(writer, settings.seed, step):
+            batch = collate(documents, tokenizer.pad_token_id, len(tokenizer))
+            batch = Batch(*(t.to(device) for t in batch))
+            loss, pin = batch_loss(model, batch, directions, autocast)
+            (loss + PIN_WEIGHT * pin).backward()
+            losses += [loss.item(), pin.item()]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0 or step + 1 == settings.steps:
+            row = dict(zip(("shortest", "short", "text", "reply", "elicitation"), losses[::2], strict=True))
+            row |= {"pin": losses[-1], "seconds": time.time() - started}
+            print(json.dumps({"step": step} | {k: round(v, 4) for k, v in row.items()}), flush=True)
+        if (step + 1) % 250 == 0 or step + 1 == settings.steps:
+            save_state(work / "state.safetensors", model, optimizer, step + 1)
+    return model.eval()
+
+
+def save_model(model: nn.Module, folder: Path, settings: Settings) -> None:
+    """The Hugging Face folder: float16 weights, tokenizer, recipe, planted directions."""
+    from safetensors.torch import save_file
+
+    tokenizer = train_tokenizer()
+    model.to(torch.float16).save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    directions = planted_directions(settings.width, settings.seed)
+    meta = {"block": str(PIN_BLOCK), "scale": str(SCALE), "dimensions": json.dumps(social.DIMENSIONS)}
+    save_file({"directions": directions}, folder / "directions.safetensors", metadata=meta)
+    (folder / "recipe.json").write_text(json.dumps(settings._asdict(), indent=1) + "\n")
+
+
+def main() -> None:
+    """Command line: train, save, and write the evaluation table beside the weights."""
+    parser = argparse.ArgumentParser(description="Train the embedded model from scratch.")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/tinyworld"), help="folder of the resumable state"
+    )
+    parser.add_argument("--out", type=Path, default=MODEL_DIR, help="folder of the finished model")
+    parser.add_argument("--steps", type=int, default=Settings().steps)
+    parser.add_argument("--peak-lr", type=float, default=Settings().peak_lr)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop (resumable) after so many minutes"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
+    args = parser.parse_args()
+    settings = Settings(steps=args.steps, seed=args.seed, peak_lr=args.peak_lr)
+    model = train(settings, args.work, args.minutes, args.device, not args.float32)
+    save_model(model.cpu(), args.out, settings)
+    print(f"saved to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
