@@ -43,12 +43,6 @@ class Metric:
         return Metric(self.name, self.weights_BKV[one], positions_BK, self.tokens[index : index + 1])
 
 
-def last_positions(attention_mask_BT: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
-    """Return the index of each row's last real token, whichever side the padding is on."""
-    steps_T = torch.arange(attention_mask_BT.shape[1], device=attention_mask_BT.device)
-    return (attention_mask_BT.long() * steps_T).argmax(-1)
-
-
 def _expand(positions_B: Tensor, n_targets: int) -> Tensor:
     return positions_B[:, None].expand(-1, n_targets).contiguous()
 

@@ -19,26 +19,29 @@ from circuits.metric import Metric
 class Ledger:
     """Relevance of every source of K targets: token and position embeddings, and biases by layer and position.
 
-    `attn_bias` holds value, output and norm biases of attention, `mlp_bias` those in front of and behind the neurons.
+    `attn_bias` holds value, output and norm biases of attention, `neuron_bias` what biases in front of the neurons give
+    through them, `mlp_bias` the bias of the down projection.
     """
 
     value_BK: Float[Tensor, "B K"]
     embed_BKT: Float[Tensor, "B K T"]
     position_BKT: Float[Tensor, "B K T"]
     attn_bias_BKLT: Float[Tensor, "B K L T"]
+    neuron_bias_BKLT: Float[Tensor, "B K L T"]
     mlp_bias_BKLT: Float[Tensor, "B K L T"]
     logit_bias_BK: Float[Tensor, "B K"]
 
+    def _parts(self) -> list[Float[Tensor, "B K S"]]:
+        tokens = [self.embed_BKT, self.position_BKT]
+        return [*tokens, *(x.flatten(2) for x in (self.attn_bias_BKLT, self.neuron_bias_BKLT, self.mlp_bias_BKLT))]
+
     def total(self) -> Float[Tensor, "B K"]:
         """Return the sum over all sources, which conservation makes equal to the value."""
-        tokens_BK = self.embed_BKT.sum(-1) + self.position_BKT.sum(-1)
-        return tokens_BK + self.attn_bias_BKLT.sum((-1, -2)) + self.mlp_bias_BKLT.sum((-1, -2)) + self.logit_bias_BK
+        return torch.stack([part.sum(-1) for part in self._parts()]).sum(0) + self.logit_bias_BK
 
     def mass(self) -> Float[Tensor, "B K"]:
         """Return the sum of absolute relevance over all sources."""
-        tokens_BK = self.embed_BKT.abs().sum(-1) + self.position_BKT.abs().sum(-1)
-        biases_BK = self.attn_bias_BKLT.abs().sum((-1, -2)) + self.mlp_bias_BKLT.abs().sum((-1, -2))
-        return tokens_BK + biases_BK + self.logit_bias_BK.abs()
+        return torch.stack([part.abs().sum(-1) for part in self._parts()]).sum(0) + self.logit_bias_BK.abs()
 
     def error(self) -> float:
         """Return the worst conservation error: |total - value| relative to the larger of |value| and the mass."""
@@ -57,22 +60,23 @@ class Relevance:
 def relp(network: FrozenNetwork, metric: Metric) -> Relevance:
     """Return sensitivities and ledger of every target in one backward sweep (padding positions get zero)."""
     seed_BKTD = network.seed(metric)
-    effects, attn_biases, mlp_biases, bottom_BKTD = [], [], [], seed_BKTD
+    effects, attn, inside, behind, bottom_BKTD = [], [], [], [], seed_BKTD
     for level in network.sweep(seed_BKTD):
         block = network.blocks[level.layer]
         read_BKTD = level.output_BKTD if block.parallel else level.middle_BKTD
         effects.append(level.neurons_BKTN)
-        attn_biases.append(torch.einsum("btd,bktd->bkt", block.attention_bias(), read_BKTD))
-        inside_BKT = torch.einsum("btn,bktn->bkt", block.neuron_bias(), level.neurons_BKTN)
-        mlp_biases.append(inside_BKT + torch.einsum("btd,bktd->bkt", block.mlp_bias(), level.output_BKTD))
+        attn.append(torch.einsum("btd,bktd->bkt", block.attention_bias(), read_BKTD))
+        inside.append(torch.einsum("btn,bktn->bkt", block.neuron_bias(), level.neurons_BKTN))
+        behind.append(torch.einsum("btd,bktd->bkt", block.mlp_bias(), level.output_BKTD))
         bottom_BKTD = level.input_BKTD
     embed_BKT, position_BKT = _bottom(network, bottom_BKTD)
     ledger = Ledger(
         value_BK=metric.value(network.logits_BTV),
         embed_BKT=embed_BKT,
         position_BKT=position_BKT,
-        attn_bias_BKLT=torch.stack(attn_biases[::-1], dim=2),
-        mlp_bias_BKLT=torch.stack(mlp_biases[::-1], dim=2),
+        attn_bias_BKLT=torch.stack(attn[::-1], dim=2),
+        neuron_bias_BKLT=torch.stack(inside[::-1], dim=2),
+        mlp_bias_BKLT=torch.stack(behind[::-1], dim=2),
         logit_bias_BK=network.logit_bias(metric),
     )
     return Relevance(torch.stack(effects[::-1], dim=2), ledger)

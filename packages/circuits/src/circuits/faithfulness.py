@@ -1,0 +1,94 @@
+"""Does a circuit do what the model does? Faithfulness and completeness with intervals (paper section 4; digest 1.8).
+
+With m(M) the full model, m(0) every node at its reference, m(C) only the circuit clean and m(M \\ C) only the rest clean:
+
+    faithfulness  f(C) = (m(C) - m(0)) / (m(M) - m(0))        ideal 1
+    completeness  c(C) = (m(M \\ C) - m(0)) / (m(M) - m(0))    ideal 0
+
+The headline is the paper's ratio of means over examples; its interval resamples examples. `CurvePoint` keeps the values of
+every example, so that other summaries (median of ratios, CPR, CMD) need no new runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.attribution import top_nodes
+from circuits.metric import Metric
+from circuits.pathways import run_pathway
+from shared.stats import Interval, bootstrap_interval
+
+if TYPE_CHECKING:
+    from shared.models import Model
+    from shared.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One circuit's values by example: the circuit alone, the model without it, and the two ends."""
+
+    size: int
+    circuit_B: Float[Tensor, " B"]
+    rest_B: Float[Tensor, " B"]
+    full_B: Float[Tensor, " B"]
+    empty_B: Float[Tensor, " B"]
+
+    def faithfulness(self, seed: int = 0) -> Interval:
+        """Return the ratio of means with its 95 % bootstrap interval over examples."""
+        return _ratio(self.circuit_B, self.full_B, self.empty_B, seed)
+
+    def completeness(self, seed: int = 0) -> Interval:
+        """Return the ratio of means of the model without the circuit, with its interval."""
+        return _ratio(self.rest_B, self.full_B, self.empty_B, seed)
+
+    def per_example(self) -> Float[Tensor, "2 B"]:
+        """Return faithfulness and completeness of every example (unstable where full - empty is small)."""
+        gap_B = self.full_B - self.empty_B
+        return torch.stack([(self.circuit_B - self.empty_B) / gap_B, (self.rest_B - self.empty_B) / gap_B])
+
+
+def _ratio(part_B: Tensor, full_B: Tensor, empty_B: Tensor, seed: int) -> Interval:
+    def statistic(part: np.ndarray, full: np.ndarray, empty: np.ndarray) -> np.ndarray:
+        return (part - empty).mean(-1) / (full - empty).mean(-1)
+
+    arrays = (x.double().cpu().numpy() for x in (part_B, full_B, empty_B))
+    return bootstrap_interval(*arrays, statistic=statistic, seed=seed)
+
+
+def evaluate(
+    model: "Model",
+    batch: "TokenBatch",
+    metric: Metric,
+    circuits: Sequence[Bool[Tensor, "#B L T N"]],
+    reference_BLTN: Float[Tensor, "#B L #T N"],
+) -> list[CurvePoint]:
+    """Return the values of every circuit (masks, one for all examples or one each) on one batch with one target."""
+
+    def value_of(keep_BLTN: Tensor) -> Float[Tensor, " B"]:
+        return metric.value(run_pathway(model, batch, keep_BLTN, reference_BLTN))[:, 0]
+
+    nothing = torch.zeros_like(circuits[0])
+    full_B, empty_B = value_of(~nothing), value_of(nothing)
+    points = []
+    for keep_BLTN in circuits:
+        size = int(keep_BLTN.sum((-1, -2, -3)).float().mean().round())
+        points.append(CurvePoint(size, value_of(keep_BLTN), value_of(~keep_BLTN), full_B, empty_B))
+    return points
+
+
+def curve(
+    model: "Model",
+    batch: "TokenBatch",
+    metric: Metric,
+    scores_BLTN: Float[Tensor, "#B L T N"],
+    sizes: Sequence[int],
+    reference_BLTN: Float[Tensor, "#B L #T N"],
+) -> list[CurvePoint]:
+    """Return the values of the top-k circuits by absolute score; one score tensor for all examples, or one each."""
+    circuits = [torch.stack([top_nodes(row, size) for row in scores_BLTN]) for size in sizes]
+    return evaluate(model, batch, metric, circuits, reference_BLTN)

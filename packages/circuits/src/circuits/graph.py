@@ -1,0 +1,140 @@
+"""An attribution graph: tokens, biases, neurons and logits as nodes, direct effects as edges, and a ledger that closes.
+
+Columns, never positional lists. `activation` is a node's value (a token's relevance enters through its edges), `total` its
+effect on each target, `weight` of an edge the direct effect (not normalised: divide by the target's activation for
+shares). `remainder` is what each target receives from sources that the graph leaves out, so that for every neuron and logit
+
+    sum of incoming weights + remainder = activation         (digest I2; `Graph.closure_error`)
+
+Saved as graph.json (format version, model, rules, metric, prompt, masses, labels) and graph.safetensors (the columns):
+lossless both ways, and refused where the version or a column is not what this release writes.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from shared.errors import UserError
+from shared.serialize import atomic_path, read_json, write_json
+
+FORMAT_VERSION = 1
+KINDS = ("embedding", "position", "attn_bias", "mlp_bias", "neuron", "logit")
+EMBEDDING, POSITION, ATTN_BIAS, MLP_BIAS, NEURON, LOGIT = range(len(KINDS))
+
+
+class GraphError(UserError):
+    """A graph file that this release cannot read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a graph was made from and how: everything that is not a column."""
+
+    prompt: str
+    tokens: list[str]
+    token_ids: list[int]
+    targets: list[str]
+    target_ids: list[int]
+    target_values: list[float]
+    target_probabilities: list[float]
+    metric: str
+    model: str
+    fingerprint: str
+    n_layers: int
+    n_neurons: int
+    rules: dict[str, Any]
+    reference: str = "zero"
+    settings: dict[str, Any] = field(default_factory=dict)
+    conservation_error: float = 0.0
+    node_mass_kept: float = 1.0
+    edge_mass_kept: float = 1.0
+    version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Node columns (n), edge columns (e) and the header; totals have one entry for each of K targets."""
+
+    header: Header
+    kind_n: Int[Tensor, " n"]
+    layer_n: Int[Tensor, " n"]
+    position_n: Int[Tensor, " n"]
+    index_n: Int[Tensor, " n"]
+    activation_n: Float[Tensor, " n"]
+    total_nK: Float[Tensor, "n K"]
+    remainder_n: Float[Tensor, " n"]
+    source_e: Int[Tensor, " e"]
+    target_e: Int[Tensor, " e"]
+    weight_e: Float[Tensor, " e"]
+
+    def __len__(self) -> int:
+        return len(self.kind_n)
+
+    @property
+    def n_edges(self) -> int:
+        """Number of edges kept."""
+        return len(self.weight_e)
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return all columns by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "header"}
+
+    def neurons(self) -> list[tuple[int, int, int]]:
+        """Return (layer, position, neuron) of every neuron node."""
+        chosen = self.kind_n == NEURON
+        columns = (self.layer_n[chosen], self.position_n[chosen], self.index_n[chosen])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def inflow(self) -> Float[Tensor, " n"]:
+        """Return the sum of incoming weights and remainder of every node."""
+        return self.remainder_n.clone().index_add_(0, self.target_e, self.weight_e)
+
+    def closure_error(self) -> float:
+        """Return the worst |inflow - activation| over neurons and logits, relative to the absolute in-flow."""
+        received = (self.kind_n == NEURON) | (self.kind_n == LOGIT)
+        scale_n = self.remainder_n.abs().index_add_(0, self.target_e, self.weight_e.abs())
+        scale_n = torch.maximum(scale_n, self.activation_n.abs()).clamp_min(torch.finfo(scale_n.dtype).tiny)
+        error_n = (self.inflow() - self.activation_n).abs() / scale_n
+        return float(error_n[received].max()) if received.any() else 0.0
+
+    def label(self, node: int) -> str:
+        """Return a node's short name: `Dallas` for a token, `L2/N153+` for a neuron, the target for a logit."""
+        kind, layer, index = (int(column[node]) for column in (self.kind_n, self.layer_n, self.index_n))
+        if kind == NEURON:
+            return f"L{layer}/N{index}{'+' if self.activation_n[node] >= 0 else '-'}"
+        if kind == LOGIT:
+            return self.header.targets[index]
+        token = self.header.tokens[int(self.position_n[node])]
+        return token if kind == EMBEDDING else f"{KINDS[kind]} L{layer} @ {token}".replace(" L-1", "")
+
+    def save(self, folder: Path | str) -> Path:
+        """Write graph.json and graph.safetensors into the folder; returns the folder."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / "graph.safetensors") as partial:
+            save_file({name: column.contiguous().cpu() for name, column in self.columns().items()}, partial)
+        write_json(folder / "graph.json", asdict(self.header))
+        return folder
+
+
+def load_graph(folder: Path | str) -> Graph:
+    """Read a graph written by `Graph.save`; GraphError says what is wrong with the files."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / "graph.json").exists() or not (folder / "graph.safetensors").exists():
+        raise GraphError(f"{folder} holds no graph: graph.json and graph.safetensors are written by Graph.save")
+    header = read_json(folder / "graph.json")
+    if header.get("version") != FORMAT_VERSION:
+        raise GraphError(f"{folder}: format version {header.get('version')}, this release reads {FORMAT_VERSION}")
+    columns = load_file(folder / "graph.safetensors")
+    expected = {item.name for item in fields(Graph)} - {"header"}
+    if set(columns) != expected:
+        raise GraphError(f"{folder}: columns {sorted(columns)}, expected {sorted(expected)}")
+    return Graph(header=Header(**header), **columns)

@@ -1,0 +1,81 @@
+"""Run a model with only some of its neurons clean: the pathway of a node set C (paper section 3.2; digest 1.3).
+
+`m(C)` runs the prompt while every node outside C is set to its reference value, layer by layer inside one forward pass,
+so that kept nodes still react to what was ablated before them. The reference is zero, a mean over counterfactual prompts
+for each position, or another run's activations (resampling).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from shared.errors import UserError
+from shared.hooks import capture, edit
+from shared.interventions import Intervention
+
+if TYPE_CHECKING:
+    from shared.models import Model
+    from shared.tokens import TokenBatch
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Keep(Intervention):
+    """x where `keep` is true, the reference elsewhere; both broadcast over the batch."""
+
+    keep_BTX: Bool[Tensor, "#B #T X"]
+    reference_BTX: Float[Tensor, "#B #T X"]
+
+    def edited(self, x: Tensor) -> Tensor:
+        """Kept entries of x among the reference."""
+        return torch.where(self.keep_BTX.to(x.device), x, self.reference_BTX.to(x))
+
+    def width(self) -> int | None:
+        """Last dimension of the mask."""
+        return self.keep_BTX.shape[-1]
+
+
+def neuron_sites(model: "Model") -> list[str]:
+    """Return the neuron sites of all blocks in order."""
+    return [f"blocks.{layer}.neurons" for layer in range(model.architecture.n_layers)]
+
+
+def neuron_activations(model: "Model", batch: "TokenBatch") -> Float[Tensor, "B L T N"]:
+    """Return the activations of all neurons on the batch (zero at padding)."""
+    sites = neuron_sites(model)
+    with torch.no_grad(), capture(model, sites) as acts:
+        model(batch)
+    acts_BLTN = torch.stack([acts[site].detach() for site in sites], dim=1)
+    return acts_BLTN.masked_fill(~batch.attention_mask_BT.bool()[:, None, :, None], 0.0)
+
+
+def run_pathway(
+    model: "Model",
+    batch: "TokenBatch",
+    keep_BLTN: Bool[Tensor, "#B L #T N"],
+    reference_BLTN: Float[Tensor, "#B L #T N"],
+) -> Float[Tensor, "B T V"]:
+    """Return the logits with every neuron outside `keep` at its reference value."""
+    edits = [
+        Keep(site, keep_BTX=keep_BLTN[:, layer], reference_BTX=reference_BLTN[:, layer])
+        for layer, site in enumerate(neuron_sites(model))
+    ]
+    with torch.no_grad(), edit(model, edits):
+        return model(batch)
+
+
+def mean_reference(model: "Model", batch: "TokenBatch") -> Float[Tensor, "1 L T N"]:
+    """Return every neuron's mean over the batch at each position; all rows must have the same length."""
+    lengths = sorted(set(batch.attention_mask_BT.sum(-1).tolist()))
+    if len(lengths) > 1:
+        raise UserError(f"a mean for each position needs prompts of one length, got lengths {lengths}: group them first")
+    return neuron_activations(model, batch).mean(0, keepdim=True)
+
+
+def zero_reference(model: "Model") -> Float[Tensor, "1 L 1 N"]:
+    """Return the zero reference."""
+    architecture = model.architecture
+    shape = (1, architecture.n_layers, 1, architecture.n_neurons)
+    return torch.zeros(shape, dtype=model.dtype, device=model.device)
