@@ -165,18 +165,21 @@ _SITE = re.compile(r"^blocks\.(\d+)\.(\w+)$")
 class Slot:
     """How one site is read and written: a module's input or output, and which columns of it.
 
-    `attribute` names the field of a structured output (the logits); `rank` sorts slots in execution order.
+    `attribute` names the field of a structured output (the logits), `item` the element of a tuple (read only);
+    `rank` sorts slots in execution order.
     """
 
     path: str
     side: Literal["input", "output"]
-    rank: tuple[int, int]
+    rank: tuple[int, ...]
     columns: Columns | None = field(default=None, compare=False)
     attribute: str | None = None
+    item: int | None = None
 
     def take(self, value: Any) -> Tensor:
         """Cut the site's tensor out of the module's value."""
         tensor = getattr(value, self.attribute) if self.attribute else value
+        tensor = tensor if self.item is None else tensor[self.item]
         return tensor if self.columns is None else tensor[..., self.columns]
 
     def put(self, value: Any, tensor: Tensor) -> Any:

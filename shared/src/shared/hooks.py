@@ -28,7 +28,7 @@ from torch import Tensor
 from shared.architecture import Architecture, Slot, check_sites
 from shared.errors import UserError
 from shared.interventions import Intervention, check_fit
-from shared.tokens import TokenBatch, phase_mask
+from shared.tokens import TokenBatch
 
 if TYPE_CHECKING:
     from shared.models import Model
@@ -162,6 +162,17 @@ def run(model: Model, batch: TokenBatch, **inputs: Any) -> Any:
         for site in activations.sites:
             activations.add(site, kept[_canonical(site)])
     return output
+
+
+def forward_inputs(batch: TokenBatch) -> dict[str, Any]:
+    """Arguments of one full forward pass over a batch, without a cache."""
+    return {
+        "input_ids": batch.input_ids_BT,
+        "position_ids": batch.position_ids_BT,
+        # Packed rows: without a padding mask transformers derives the documents from the restarting positions.
+        "attention_mask": None if batch.packed else batch.attention_mask_BT,
+        "use_cache": False,
+    }
 
 
 def traced(lm: Any, plan: Plan, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:

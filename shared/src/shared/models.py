@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shared.architecture import Architecture
 from shared.errors import UserError
-from shared.hooks import ActiveHooks, run
+from shared.hooks import ActiveHooks, forward_inputs, run
 from shared.tokens import History, Message, TokenBatch, encode_rows
 
 if TYPE_CHECKING:
@@ -96,10 +96,7 @@ class Model:
         """Logits of every token; gradients as the caller has set them."""
         batch = batch.to(self.device)
         self.active.begin()
-        # Packed rows: without a padding mask transformers derives the documents from the restarting positions.
-        mask_BT = None if batch.packed else batch.attention_mask_BT
-        inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT}
-        return run(self, batch, **inputs, attention_mask=mask_BT, use_cache=False).logits
+        return run(self, batch, **forward_inputs(batch)).logits
 
     def generate(
         self,
