@@ -1,6 +1,6 @@
 """See what a model assumes about its user, and steer it.
 
-    from assumptions import elicit, instrument, fit, capture_features, probe_direction, LexicalJudge
+    from assumptions import elicit, instrument, capture_features, fit_probes, probe_direction
 
 The names below are the public ones; they are imported on first use, so that `import assumptions` costs nothing.
 """
@@ -18,8 +18,8 @@ _WHERE = {
     "elicit": "elicitation",
     "capture_features": "features",
     "group_split": "splits",
-    "fit": "probes",
-    "evaluate": "probes",
+    "fit_probes": "probes",
+    "evaluate_probes": "evaluation",
     "save_probes": "probe_files",
     "load_probes": "probe_files",
     "Direction": "steering",
@@ -29,7 +29,27 @@ _WHERE = {
     "LexicalJudge": "outcomes",
     "ModelJudge": "outcomes",
 }
-__all__ = sorted(_WHERE)
+__all__ = [
+    "DIMENSIONS",
+    "Chat",
+    "Direction",
+    "Instrument",
+    "LexicalJudge",
+    "ModelJudge",
+    "Settings",
+    "capture_features",
+    "elicit",
+    "evaluate_probes",
+    "fit_probes",
+    "group_split",
+    "instrument",
+    "load_probes",
+    "pattern_direction",
+    "probe_direction",
+    "random_directions",
+    "read_chats",
+    "save_probes",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -98,9 +98,13 @@ def _marker(section: str) -> re.Pattern[str]:
 
 def _split_sections(tail: str, names: Sequence[str]) -> dict[str, str]:
     """Cut the text after the JSON at its section markers, in order; an absent section is absent in the result."""
-    starts = [(name, match) for name in names if (match := _marker(name).search(tail))]
-    ends = [match.start() for _, match in starts[1:]] + [len(tail)]
-    return {name: tail[match.end() : end].strip() for (name, match), end in zip(starts, ends, strict=True)}
+    found: list[tuple[str, re.Match[str]]] = []
+    for name in names:
+        match = _marker(name).search(tail, found[-1][1].end() if found else 0)
+        if match is not None:
+            found.append((name, match))
+    ends = [match.start() for _, match in found[1:]] + [len(tail)]
+    return {name: tail[match.end() : end].strip() for (name, match), end in zip(found, ends, strict=False)}
 
 
 def _scores(answer: Answer, dimensions: Sequence[str]) -> dict[str, float]:

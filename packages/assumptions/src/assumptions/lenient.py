@@ -21,6 +21,15 @@ _BARE = re.compile(r"[^\s,:{}\[\]\"]+")
 _LITERALS: dict[str, Any] = {"true": True, "false": False, "null": None}
 _PYTHON: dict[str, Any] = {"True": True, "False": False, "None": None}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"'}
+_UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_SURROGATES = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
+# What follows a closing quote: for a key a colon; for a value the end of its container, another quote (a missing comma),
+# a comment, or a comma in front of something that can begin a member. Any other quote is part of the string.
+_AFTER_KEY = re.compile(r"\s*(?:$|[:=])")
+_AFTER_VALUE = re.compile(
+    r"\s*(?:$|[}\]\"'\u201c\u2018]|//|/\*|\#"
+    r"|,\s*(?:$|[}\]{\[\"'\u201c\u2018\d-]|//|/\*|\#|true|false|null|True|False|None|\w+\s*[:=]))"
+)
 _MAX_DEPTH = 32
 
 
@@ -106,7 +115,7 @@ class _Reader:
 
     def key(self) -> str:
         if self.peek() in _QUOTES:
-            return self.string(closers=":")[0]
+            return self.string(_AFTER_KEY)[0]
         self.note("bare key")
         return self.bare()
 
@@ -148,7 +157,7 @@ class _Reader:
                 return _ABSENT
             return self.object(depth + 1) if here == "{" else self.array(depth + 1)
         if here in _QUOTES:
-            string, closed = self.string(closers=",}]")
+            string, closed = self.string(_AFTER_VALUE)
             return string if closed else _ABSENT
         if here in ",}]":
             self.note("key without value")
@@ -204,8 +213,8 @@ class _Reader:
         self.note("bare value")
         return _PYTHON.get(word, word)
 
-    def string(self, closers: str) -> tuple[str, bool]:
-        """Read a quoted string; a quote followed by none of `closers` is taken as part of the text."""
+    def string(self, after: re.Pattern[str]) -> tuple[str, bool]:
+        """Read a quoted string; a quote not followed by what `after` matches is taken as part of the text."""
         opening = self.peek()
         closing = _QUOTES[opening]
         if opening != '"':
@@ -217,7 +226,7 @@ class _Reader:
             if here == "\\":
                 out.append(self.escape())
                 continue
-            if here == closing and self.closes(closers):
+            if here == closing and self.closes(after):
                 self.at += 1
                 return "".join(out), True
             if here in "\n\r\t":
@@ -228,21 +237,20 @@ class _Reader:
         return "".join(out), False
 
     def escape(self) -> str:
+        if pair := _SURROGATES.match(self.text, self.at):
+            self.at = pair.end()
+            return (chr(int(pair[1], 16)) + chr(int(pair[2], 16))).encode("utf-16", "surrogatepass").decode("utf-16")
+        if unit := _UNICODE.match(self.text, self.at):
+            self.at = unit.end()
+            return chr(int(unit[1], 16))
         code = self.text[self.at + 1 : self.at + 2]
-        hexadecimal = self.text[self.at + 2 : self.at + 6]
-        if code == "u" and re.fullmatch(r"[0-9a-fA-F]{4}", hexadecimal):
-            self.at += 6
-            return chr(int(hexadecimal, 16))
         self.at += 2
         if code not in _ESCAPES:
             self.note("unknown escape")
         return _ESCAPES.get(code, code)
 
-    def closes(self, closers: str) -> bool:
-        rest = self.text[self.at + 1 :].lstrip()
-        if rest == "" or rest[0] in closers or rest[0] in "\"'\u201c\u2018":
-            return True
-        if rest.startswith(("//", "/*", "#")):
+    def closes(self, after: re.Pattern[str]) -> bool:
+        if after.match(self.text, self.at + 1):
             return True
         self.note("quote in string")
         return False

@@ -6,8 +6,10 @@ model fingerprint and the rows that chose the probe. Loading onto a model with a
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from assumptions.probes import Probe, ProbeSet
 from shared.errors import UserError
@@ -59,14 +61,7 @@ def load_probes(folder: Path, model: Model | None = None) -> ProbeSet:
             f"this model has {model.fingerprint}: fit probes on it, or load the model they belong to"
         )
     tensors = load_file(folder / "probes.safetensors")
-    probes = {
-        name: Probe(
-            dimension=name,
-            **{key: tensors[f"{name}.{key}"] for key in _TENSORS},
-            **{key: row[key] for key in _NUMBERS},
-        )
-        for name, row in card["probes"].items()
-    }
+    probes = {name: _probe(name, row, tensors) for name, row in card["probes"].items()}
     return ProbeSet(
         probes,
         card["span"],
@@ -75,3 +70,8 @@ def load_probes(folder: Path, model: Model | None = None) -> ProbeSet:
         card["labeller"],
         tuple(card["trained_on"]),
     )
+
+
+def _probe(name: str, row: dict[str, Any], tensors: dict[str, Tensor]) -> Probe:
+    parts: dict[str, Any] = {key: tensors[f"{name}.{key}"] for key in _TENSORS}
+    return Probe(dimension=name, **parts, **{key: row[key] for key in _NUMBERS})

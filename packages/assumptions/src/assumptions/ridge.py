@@ -1,7 +1,8 @@
 """Ridge regression with one factorisation for every target and every strength.
 
 min_W |Y - X W - b|^2 + lambda |W|^2 on centred data: W = Q (s + lambda)^-1 Q^T X^T Y with X^T X = Q diag(s) Q^T, or by
-the rows' Gram matrix where there are fewer rows than columns. The intercept is not penalised. Double precision: the same coefficients as scikit-learn's Ridge (an exactness test), at the cost of one eigendecomposition instead of one
+the rows' Gram matrix where there are fewer rows than columns. The intercept is not penalised. Double precision: the
+same coefficients as scikit-learn's Ridge (an exactness test), at the cost of one eigendecomposition instead of one
 solve per target and strength.
 """
 

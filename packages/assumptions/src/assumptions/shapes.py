@@ -202,7 +202,7 @@ def _take_record(shape: Record, value: Any, path: tuple[str | int, ...], taken: 
         elif normalise_key(key) in loose:
             found = loose[normalise_key(key)]
             taken.repairs.append("key spelling")
-        elif isinstance(member, Record) and _fits_flat(member, value):
+        elif len(shape.members) == 1 and _holds_members_of(member, value):
             found = value
             taken.repairs.append("missing level")
         else:
@@ -222,10 +222,14 @@ def _loose_members(value: dict[str, Any], exact: set[str], taken: Taken) -> dict
     return loose
 
 
-def _fits_flat(record: Record, value: dict[str, Any]) -> bool:
-    """True when the members of a record were written one level too high."""
+def _holds_members_of(member: Shape, value: dict[str, Any]) -> bool:
+    """True when the members of a record, the only one at its level, were written one or more levels too high."""
+    if not isinstance(member, Record):
+        return False
     keys = {normalise_key(key) for key in value}
-    return any(normalise_key(key) in keys for key, _ in record.members)
+    if any(normalise_key(key) in keys for key, _ in member.members):
+        return True
+    return len(member.members) == 1 and _holds_members_of(member.members[0][1], value)
 
 
 def _name(path: tuple[str | int, ...]) -> str:

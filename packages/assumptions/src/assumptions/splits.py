@@ -63,7 +63,8 @@ def leave_one_source_out(
         clean = [rows for rows in components if not any(chats[i].source == source for i in rows)]
         order = sorted(clean, key=lambda rows: _order_key(seed, chats, rows))
         rest = [i for rows in order for i in rows]
-        held, cut = [], validation * len(rest)
+        held: list[int] = []
+        cut = validation * len(rest)
         for rows in order:
             if len(held) >= cut:
                 break
