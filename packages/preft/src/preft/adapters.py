@@ -1,0 +1,256 @@
+"""LoRA, DiReFT and LoReFT acting on the tokens of one phase (PreFT, digest section 1.1 and 1.4).
+
+With m_t = 1 on the tokens of the adapter's phase (`shared.tokens.phase_mask`) and 0 elsewhere, tokens as rows:
+
+    LoRA     y_t  = W0 x_t + m_t s B (A x_t)          at linear layers, s = alpha / r (rsLoRA: alpha / sqrt(r))
+    DiReFT   h'_t = h_t + m_t R^T (W h_t + b)         at the output of a block, rows of R orthonormal
+    LoReFT   h'_t = h_t + m_t R^T (W h_t + b - R h_t)   same
+
+A fresh adapter changes nothing, bit for bit: B = 0; W = 0 and b = 0; W = R and b = 0. R stays orthonormal by a QR
+retraction after every optimiser step (`Adapter.retract_`), so that what is saved is what was trained.
+
+An adapter is a module of its own. It acts on a Hugging Face model only inside `with adapter.applied(model, mask_BT)`,
+through forward hooks; the model and its weights are never changed.
+
+Letters: B batch, T token, D width, I and O in- and out-features of a linear layer, R rank.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from shared.architecture import Architecture, features
+from shared.errors import UserError
+from shared.history import History
+from shared.tokens import Phase
+
+Method = Literal["lora", "direft", "loreft"]
+
+
+class AdapterError(UserError):
+    """An adapter that does not fit the model, its file or the request; the message says why."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is: method, rank, tokens and places.
+
+    `alpha` (LoRA; None means 2 * rank) and `rslora` set the scale. `target_modules` (LoRA) are the last components of
+    module names, None for every linear layer inside the blocks; `layers` are block numbers, None for all. `history`
+    says what earlier assistant turns count as, in training and in serving.
+    """
+
+    method: Method = "lora"
+    rank: int = 8
+    phase: Phase = Phase.PREFILL
+    alpha: float | None = None
+    rslora: bool = False
+    target_modules: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    history: History = History.RECOMPUTE
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lora", "direft", "loreft"):
+            raise AdapterError(f"method must be lora, direft or loreft, not {self.method!r}")
+        if self.rank < 1:
+            raise AdapterError(f"rank must be at least 1, not {self.rank}")
+        if self.method != "lora" and (
+            self.alpha is not None or self.rslora or self.target_modules is not None
+        ):
+            raise AdapterError(
+                f"alpha, rslora and target_modules belong to lora; {self.method} has none of them"
+            )
+
+    @property
+    def scale(self) -> float:
+        """Factor s of the update; 1 for ReFT."""
+        if self.method != "lora":
+            return 1.0
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class Factors(NamedTuple):
+    """A low-rank update as it is saved and served: x -> s B A x, for ReFT on (h, 1)."""
+
+    A: Float[Tensor, "R I"]
+    B: Float[Tensor, "O R"]
+
+
+class LoRADelta(nn.Module):
+    """s B (A x), with A uniform as in a linear layer and B = 0."""
+
+    def __init__(self, inputs: int, outputs: int, config: AdapterConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale = config.scale
+        bound = 1 / math.sqrt(inputs)
+        self.A_RI = nn.Parameter((torch.rand(config.rank, inputs, generator=generator) * 2 - 1) * bound)
+        self.B_OR = nn.Parameter(torch.zeros(outputs, config.rank))
+
+    def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
+        return (x @ self.A_RI.T) @ self.B_OR.T * self.scale
+
+    def factors(self) -> Factors:
+        return Factors(self.A_RI, self.B_OR)
+
+    def load_(self, factors: Factors) -> None:
+        self.A_RI.copy_(factors.A)
+        self.B_OR.copy_(factors.B)
+
+    def retract_(self) -> None:
+        """Nothing to restore: the factors are free."""
+
+
+class ReFTDelta(nn.Module):
+    """R^T (W h + b), for LoReFT minus R^T R h; R random orthonormal, W = 0 (LoReFT: W = R), b = 0."""
+
+    def __init__(self, width: int, config: AdapterConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.subtracts = config.method == "loreft"
+        if config.rank > width:
+            raise AdapterError(f"{config.method} of rank {config.rank} does not fit a width of {width}")
+        self.R_RD = nn.Parameter(orthonormal_rows(torch.randn(config.rank, width, generator=generator)))
+        start_RD = self.R_RD.detach().clone() if self.subtracts else torch.zeros(config.rank, width)
+        self.W_RD = nn.Parameter(start_RD)
+        self.b_R = nn.Parameter(torch.zeros(config.rank))
+
+    @property
+    def inner_RD(self) -> Float[Tensor, "R D"]:
+        return self.W_RD - self.R_RD if self.subtracts else self.W_RD
+
+    def forward(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return (h @ self.inner_RD.T + self.b_R) @ self.R_RD
+
+    def factors(self) -> Factors:
+        return Factors(torch.cat([self.inner_RD, self.b_R[:, None]], dim=1), self.R_RD.T)
+
+    def load_(self, factors: Factors) -> None:
+        self.R_RD.copy_(factors.B.T)
+        self.W_RD.copy_(factors.A[:, :-1] + self.R_RD if self.subtracts else factors.A[:, :-1])
+        self.b_R.copy_(factors.A[:, -1])
+
+    def retract_(self) -> None:
+        """Make the rows of R orthonormal again."""
+        self.R_RD.copy_(orthonormal_rows(self.R_RD))
+
+
+Delta = LoRADelta | ReFTDelta
+
+
+def orthonormal_rows(x_RD: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
+    """Rows of the same span made orthonormal by QR; orthonormal rows come back as they are, up to rounding."""
+    q_DR, r_RR = torch.linalg.qr(x_RD.T)
+    signs_R = torch.where(torch.diagonal(r_RR) < 0, -1.0, 1.0)
+    return (q_DR * signs_R).T.contiguous()
+
+
+class Adapter(nn.Module):
+    """One adapter: its configuration and one `Delta` for every module it acts on, by the module's path."""
+
+    def __init__(self, config: AdapterConfig, deltas: dict[str, Delta]) -> None:
+        super().__init__()
+        self.config = config
+        self.paths = tuple(deltas)
+        self.deltas = nn.ModuleList(deltas.values())
+
+    @classmethod
+    def create(cls, hf: nn.Module, config: AdapterConfig, seed: int = 0) -> "Adapter":
+        """A fresh adapter for a Hugging Face model, on its device, in float32; changes nothing until it is trained."""
+        generator = torch.Generator().manual_seed(seed)
+        modules = {path: hf.get_submodule(path) for path in target_paths(hf, config)}
+        deltas: dict[str, Delta] = {}
+        for path, module in modules.items():
+            if config.method == "lora":
+                deltas[path] = LoRADelta(*features(module), config, generator)
+            else:
+                deltas[path] = ReFTDelta(Architecture(hf).width, config, generator)
+        return cls(config, deltas).to(next(hf.parameters()).device)
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Path and delta of every module the adapter acts on."""
+        yield from zip(self.paths, self.deltas)
+
+    def n_parameters(self) -> int:
+        """Number of trained values."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def retract_(self) -> None:
+        """Restore the constraints of the method (orthonormal R) after an optimiser step."""
+        for _, delta in self.items():
+            delta.retract_()
+
+    @contextmanager
+    def applied(self, hf: nn.Module, mask_BT: Bool[Tensor, "B T"]) -> Iterator[None]:
+        """Inside, the model's forward passes carry the adapter on the tokens where the mask is true."""
+        with ExitStack() as stack:
+            # A mask without a token (a decode step of a prefill adapter) leaves the bare model.
+            if bool(mask_BT.any()):
+                for path, delta in self.items():
+                    handle = hf.get_submodule(path).register_forward_hook(_hook(delta, mask_BT))
+                    stack.callback(handle.remove)
+            yield
+
+
+def _hook(delta: Delta, mask_BT: Bool[Tensor, "B T"]) -> Any:
+    on_input = isinstance(delta, LoRADelta)
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        source = args[0] if on_input else output
+        update = delta(source.to(torch.float32)).to(output.dtype)
+        return output + update * mask_BT[..., None].to(output.device, output.dtype)
+
+    return hook
+
+
+def target_paths(hf: nn.Module, config: AdapterConfig) -> list[str]:
+    """Paths of the modules an adapter acts on, in model order; AdapterError if a name or layer is unknown."""
+    architecture = Architecture(hf)
+    layers = range(architecture.n_layers) if config.layers is None else config.layers
+    if unknown := [layer for layer in layers if not 0 <= layer < architecture.n_layers]:
+        raise AdapterError(
+            f"layers {unknown} are not in this model, which has blocks 0 to {architecture.n_layers - 1}"
+        )
+    if config.method != "lora":
+        return [architecture.block_path(layer) for layer in layers]
+    names = {
+        architecture.block_path(layer, name)
+        for layer in layers
+        for name, module in hf.get_submodule(architecture.block_path(layer)).named_modules()
+        if _is_linear(module)
+    }
+    wanted = config.target_modules
+    known = {name.rpartition(".")[2] for name in names}
+    if wanted is not None and (missing := sorted(set(wanted) - known)):
+        raise AdapterError(
+            f"target_modules {missing} are not in this model; it has {', '.join(sorted(known))}"
+        )
+    return [
+        name
+        for name, _ in hf.named_modules()
+        if name in names and (wanted is None or name.rpartition(".")[2] in wanted)
+    ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def check_no_merge(configs: Iterable[AdapterConfig]) -> None:
+    """AdapterError unless every adapter acts on all tokens, which is what merging into the weights means."""
+    for config in configs:
+        if config.phase != Phase.ALL:
+            raise AdapterError(
+                f"an adapter of phase {config.phase.value!r} cannot be merged into the weights: they would then act on "
+                "every token. Serve it as an adapter, or train one with phase=all."
+            )
+        if config.method != "lora":
+            raise AdapterError(
+                f"{config.method} edits the residual stream; there is no weight to merge it into"
+            )

@@ -1,0 +1,73 @@
+"""The reference that serving is checked against: greedy decoding in Hugging Face, one request at a time.
+
+The prompt is read in one pass with the adapter on the tokens of its phase; every generated token is one more pass over
+the key/value cache, at position n, n + 1, ... and so with the adapter where the phase says. No batch, no padding, no
+scheduler: each token's mask comes from its position alone.
+"""
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from preft.adapters import Adapter
+from shared.tokens import phase_mask
+
+
+class Reference(NamedTuple):
+    """Greedy tokens (a stop token included) and the smallest gap between the two best logits on the way."""
+
+    tokens: list[int]
+    smallest_gap: float
+
+
+@torch.no_grad()
+def greedy_reference(
+    hf: Any, adapter: Adapter | None, prompt_ids: list[int], max_tokens: int, stop_ids: tuple[int, ...] = ()
+) -> Reference:
+    """Greedy continuation of one prompt of token ids under an adapter, or under the bare model."""
+    from transformers import DynamicCache
+
+    if not prompt_ids:
+        raise ValueError("a prompt needs at least one token")
+    cache = DynamicCache(config=hf.config)
+    tokens: list[int] = []
+    gap = float("inf")
+    chunk, start = list(prompt_ids), 0
+    while len(tokens) < max_tokens:
+        logits_V = _read(hf, adapter, chunk, start, len(prompt_ids), cache)
+        best = logits_V.topk(2)
+        gap = min(gap, float(best.values[0] - best.values[1]))
+        tokens.append(int(best.indices[0]))
+        if tokens[-1] in stop_ids:
+            break
+        start += len(chunk)
+        chunk = [tokens[-1]]
+    return Reference(tokens, gap)
+
+
+def _read(
+    hf: Any, adapter: Adapter | None, chunk: list[int], start: int, prompt_length: int, cache: Any
+) -> Tensor:
+    """Logits after the last token of a chunk that begins at position `start`."""
+    input_ids_1T = torch.tensor([chunk], device=hf.device)
+    position_ids_1T = torch.arange(start, start + len(chunk), device=hf.device)[None]
+    scope = (
+        nullcontext()
+        if adapter is None
+        else adapter.applied(hf, _mask(adapter, position_ids_1T, prompt_length))
+    )
+    with scope:
+        output = hf(
+            input_ids=input_ids_1T, position_ids=position_ids_1T, past_key_values=cache, use_cache=True
+        )
+    return output.logits[0, -1].float()
+
+
+def _mask(adapter: Adapter, position_ids_1T: Tensor, prompt_length: int) -> Bool[Tensor, "B T"]:
+    prompt_lengths_1 = torch.tensor([prompt_length], device=position_ids_1T.device)
+    return phase_mask(
+        adapter.config.phase, position_ids_1T, prompt_lengths_1, torch.ones_like(position_ids_1T)
+    )

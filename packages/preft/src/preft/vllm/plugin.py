@@ -1,0 +1,170 @@
+"""The plugin that vLLM finds by its entry point (group `vllm.general_plugins`) and runs once in every process.
+
+It replaces a dozen methods of vLLM 0.32 by thin wrappers. Before it touches anything it compares the signature of each
+with the one the wrapper was written for; a release that moved one is refused with the list of what moved, since going
+on would serve prefill-only adapters as all-token ones. Engines without LoRA run none of the wrapped code but the getter
+of `Request.lora_request`; ordinary adapters get the results they had.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from preft.vllm import runner, scheduling
+
+MARK = "_innerworks_original"
+WRITTEN_FOR = "0.32"
+
+
+class Patch(NamedTuple):
+    """One method to wrap: where it is, the parameters it must have, and the wrapper's maker."""
+
+    module: str
+    owner: str
+    name: str
+    parameters: tuple[str, ...]
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+PATCHES = (
+    Patch(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch",
+        "make_lora_inputs",
+        ("self", "num_scheduled_tokens", "num_sampled_tokens"),
+        runner.make_lora_inputs_v1,
+    ),
+    Patch(
+        "vllm.v1.worker.gpu.lora_utils",
+        "LoraState",
+        "make_lora_inputs",
+        ("self", "req_ids", "idx_mapping", "num_scheduled_tokens"),
+        runner.make_lora_inputs_v2,
+    ),
+    Patch(
+        "vllm.v1.worker.gpu.lora_utils",
+        "LoraState",
+        "get_activate_loras",
+        ("self", "req_ids"),
+        runner.get_activate_loras_v2,
+    ),
+    Patch(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin",
+        "load_lora_model",
+        ("self", "model", "vllm_config", "device"),
+        runner.load_lora_model,
+    ),
+    Patch(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_determine_batch_execution_and_padding",
+        (
+            "self",
+            "num_tokens",
+            "num_reqs",
+            "num_scheduled_tokens_np",
+            "max_num_scheduled_tokens",
+            "use_cascade_attn",
+            "allow_microbatching",
+            "force_eager",
+            "force_uniform_decode",
+            "force_has_lora",
+            "force_num_active_loras",
+            "num_encoder_reqs",
+        ),
+        runner.determine_batch_execution,
+    ),
+    Patch(
+        "vllm.lora.worker_manager",
+        "WorkerLoRAManager",
+        "_load_adapter",
+        ("self", "lora_request"),
+        runner.load_adapter,
+    ),
+    Patch(
+        "vllm.lora.model_manager",
+        "LoRAModelManager",
+        "activate_adapter",
+        ("self", "lora_id"),
+        runner.activate_adapter,
+    ),
+    Patch("vllm.v1.engine.core", "EngineCore", "add_lora", ("self", "lora_request"), scheduling.refreshing),
+    Patch("vllm.v1.engine.core", "EngineCore", "remove_lora", ("self", "lora_id"), scheduling.forgetting),
+)
+HASH_KEYS = Patch(
+    "vllm.v1.core.kv_cache_utils",
+    "",
+    "generate_block_hash_extra_keys",
+    ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+    scheduling.with_block_keys,
+)
+CPU_OPERATORS = "preft.vllm.kernels.SegmentedPunicaWrapper"
+
+
+def register() -> None:
+    """Install the patches; a second call does nothing. RuntimeError where vLLM is not as they expect it."""
+    from vllm.v1.request import Request
+
+    if isinstance(inspect.getattr_static(Request, "lora_request", None), property):
+        return
+    if moved := moved_ground():
+        raise RuntimeError(
+            f"preft's vLLM plugin was written for vLLM {WRITTEN_FOR}; in this release these have moved: "
+            f"{'; '.join(moved)}. Install vllm=={WRITTEN_FOR}.*, or start vLLM without the plugin (VLLM_PLUGINS='')."
+        )
+    for patch in PATCHES:
+        _replace(_owner(patch), patch)
+    _replace_hash_keys()
+    _use_cpu_operators()
+    by_need = property(scheduling.get_lora_request, scheduling.set_lora_request)
+    setattr(Request, "lora_request", by_need)  # noqa: B010 - mypy sees a plain attribute
+
+
+def moved_ground() -> list[str]:
+    """The patched functions whose signature is not the expected one, each with what was found."""
+    moved = []
+    for patch in (*PATCHES, HASH_KEYS):
+        function = inspect.unwrap(getattr(_owner(patch), patch.name, None) or _missing)
+        found = tuple(inspect.signature(getattr(function, MARK, function)).parameters)
+        if found != patch.parameters:
+            moved.append(
+                f"{patch.module}.{patch.owner or ''}.{patch.name}({', '.join(found)})".replace("..", ".")
+            )
+    return moved
+
+
+def _missing() -> None:
+    """Stands for a function that is gone."""
+
+
+def _owner(patch: Patch) -> Any:
+    module = importlib.import_module(patch.module)
+    return getattr(module, patch.owner) if patch.owner else module
+
+
+def _replace(owner: Any, patch: Patch) -> None:
+    original = getattr(owner, patch.name)
+    replacement = patch.wrap(original)
+    setattr(replacement, MARK, original)
+    setattr(owner, patch.name, replacement)
+
+
+def _replace_hash_keys() -> None:
+    """The function is imported by name elsewhere: replace it in every module that already holds it."""
+    original = getattr(_owner(HASH_KEYS), HASH_KEYS.name)
+    replacement = HASH_KEYS.wrap(original)
+    setattr(replacement, MARK, original)
+    for module in list(sys.modules.values()):
+        if module is not None and module.__dict__.get(HASH_KEYS.name) is original:
+            setattr(module, HASH_KEYS.name, replacement)
+
+
+def _use_cpu_operators() -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        named = classmethod(lambda cls: CPU_OPERATORS)
+        setattr(type(current_platform), "get_punica_wrapper", named)  # noqa: B010 - as above

@@ -1,0 +1,173 @@
+"""What the model runners must know: the token map of each step, which adapters it needs, and the graph it may replay.
+
+Each function here wraps one method of vLLM 0.32; `plugin.py` says which. All answers come from `mapping.map_step`.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+
+from preft.vllm.identity import AdapterRegistry
+from preft.vllm.mapping import StepMap, map_step, phase_interval
+from preft.vllm.residual import SITE, add_sites
+
+worker_adapters = AdapterRegistry()  # of the process that runs the model
+
+LoraInputs = tuple[tuple[int, ...], tuple[int, ...], set[Any]]
+
+
+def step_map(
+    adapter_R: Int[ndarray, "R"],
+    requests: Iterable[Any],
+    prompt_R: Int[ndarray, "R"],
+    computed_R: Int[ndarray, "R"],
+    scheduled_R: Int[ndarray, "R"],
+    sampled_R: Int[ndarray, "R"],
+) -> StepMap:
+    """`map_step` for the adapters named by `requests` (vLLM's `LoRARequest`s of the batch)."""
+    phases = {request.lora_int_id: worker_adapters.phase(request) for request in requests}
+    low_R, high_R = np.zeros(len(adapter_R), dtype=np.int64), np.zeros(len(adapter_R), dtype=np.int64)
+    for i, (adapter, prompt) in enumerate(zip(adapter_R.tolist(), prompt_R.tolist())):
+        if adapter:
+            low_R[i], high_R[i] = phase_interval(phases[adapter], prompt)
+    return map_step(adapter_R.astype(np.int64), low_R, high_R, computed_R, scheduled_R, sampled_R)
+
+
+def make_lora_inputs_v1(original: Callable[..., LoraInputs]) -> Callable[..., LoraInputs]:
+    """`InputBatch.make_lora_inputs` of the V1 runner, by token instead of by request."""
+
+    def make_lora_inputs(
+        batch: Any, num_scheduled_tokens: Int[ndarray, "R"], num_sampled_tokens: Int[ndarray, "R"]
+    ) -> LoraInputs:
+        count = batch.num_reqs
+        adapter_R = batch.request_lora_mapping[:count]
+        if not adapter_R.any():
+            batch.num_active_adapters = 0
+            return original(batch, num_scheduled_tokens, num_sampled_tokens)
+        step = step_map(
+            adapter_R,
+            batch.lora_id_to_lora_request.values(),
+            batch.num_prompt_tokens[:count],
+            batch.num_computed_tokens_cpu[:count],
+            num_scheduled_tokens,
+            num_sampled_tokens,
+        )
+        active = {batch.lora_id_to_lora_request[i] for i in set(adapter_R[step.active_R].tolist())}
+        batch.num_active_adapters = dispatch_count(len(active), step)
+        return tuple(step.sampled_S.tolist()), tuple(step.token_K.tolist()), active
+
+    return make_lora_inputs
+
+
+def dispatch_count(num_active: int, step: StepMap) -> int:
+    """What vLLM's graph dispatch must count: the step's adapters, and "no adapter" as one more where both occur.
+
+    The kernels sort it among the ids, so a graph captured for exactly `num_active` ids would miss the last slot.
+    """
+    return num_active + 1 if num_active and not step.token_K.all() else num_active
+
+
+def determine_batch_execution(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`GPUModelRunner._determine_batch_execution_and_padding`: a step without adapted tokens replays the base graph."""
+
+    def _determine_batch_execution_and_padding(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        # Dummy and capture runs force their own count. vLLM calls this right after make_lora_inputs of the same step.
+        if runner.lora_config and kwargs.get("force_num_active_loras") is None:
+            count = min(runner.input_batch.num_active_adapters, runner.lora_config.max_loras + 1)
+            kwargs |= {"force_num_active_loras": count, "force_has_lora": count > 0}
+        return original(runner, *args, **kwargs)
+
+    return _determine_batch_execution_and_padding
+
+
+def make_lora_inputs_v2(_: Callable[..., LoraInputs]) -> Callable[..., LoraInputs]:
+    """`LoraState.make_lora_inputs` of Model Runner V2; prompt lengths and positions come from its `RequestState`."""
+
+    def make_lora_inputs(
+        state: Any,
+        req_ids: list[str],
+        idx_mapping: Int[ndarray, "R"],
+        num_scheduled_tokens: Int[ndarray, "R"],
+    ) -> LoraInputs:
+        requests = [state.lora_requests[i] for i in req_ids if i in state.lora_requests]
+        adapter_R = state.lora_ids[idx_mapping]
+        # prompt_len, not prefill_len: after preemption the latter counts generated tokens too.
+        prompt_R = state.request_states.prompt_len.np[idx_mapping]
+        computed_R = state.request_states.num_computed_tokens_np[idx_mapping]
+        ones_R = np.ones_like(num_scheduled_tokens)
+        step = step_map(adapter_R, requests, prompt_R, computed_R, num_scheduled_tokens, ones_R)
+        active_ids = set(adapter_R[step.active_R].tolist())
+        active = {request for request in requests if request.lora_int_id in active_ids}
+        return tuple(step.sampled_S.tolist()), tuple(step.token_K.tolist()), active
+
+    return make_lora_inputs
+
+
+def get_activate_loras_v2(_: Callable[..., set[Any]]) -> Callable[..., set[Any]]:
+    """`LoraState.get_activate_loras`, asked before the step's token counts are known: adapters with a token to adapt.
+
+    A scheduled request computes at least the token at position `num_computed_tokens`. For a phase that begins later in
+    the same chunk the answer errs towards "active", which costs a graph without the saving but is never wrong.
+    """
+
+    def get_activate_loras(state: Any, req_ids: list[str]) -> set[Any]:
+        active = set()
+        for request_id in req_ids:
+            request = state.lora_requests.get(request_id)
+            if request is None:
+                continue
+            index = state.request_states.req_id_to_index[request_id]
+            prompt_length = int(state.request_states.prompt_len.np[index])
+            high = phase_interval(worker_adapters.phase(request), prompt_length).high
+            if state.request_states.num_computed_tokens_np[index] < high:
+                active.add(request)
+        return active
+
+    return get_activate_loras
+
+
+def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`LoRAModelRunnerMixin.load_lora_model`: add the residual sites first, and give V2's LoraState its positions."""
+
+    def load_with_sites(runner: Any, model: Any, vllm_config: Any, device: Any) -> Any:
+        lora_config = vllm_config.lora_config
+        add_sites(model, lora_config.lora_dtype, device, lora_config.target_modules)
+        if hasattr(runner, "lora_state"):
+            runner.lora_state.request_states = runner.req_states
+        return original(runner, model, vllm_config, device)
+
+    return load_with_sites
+
+
+def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`WorkerLoRAManager._load_adapter`: read the phase with the weights; refuse an edit the model has no site for."""
+
+    def _load_adapter(manager: Any, lora_request: Any) -> Any:
+        identity = worker_adapters.refresh(lora_request)
+        if identity.method != "lora" and SITE not in manager._adapter_manager.supported_lora_modules:
+            raise ValueError(
+                f"adapter {lora_request.lora_name!r} edits the residual stream ({identity.method}), which is not "
+                f"served for {type(manager._adapter_manager.model).__name__}: its decoder layers are of an unknown "
+                f"kind, or lora_target_modules leaves out {SITE!r}"
+            )
+        return original(manager, lora_request)
+
+    return _load_adapter
+
+
+def activate_adapter(original: Callable[..., bool]) -> Callable[..., bool]:
+    """`LoRAModelManager.activate_adapter`: tell the CPU operators that the slot holds another adapter."""
+
+    def activate(manager: Any, lora_id: int) -> bool:
+        changed = original(manager, lora_id)
+        if changed:
+            slot = manager.lora_index_to_id.index(lora_id)
+            for wrapper in manager.punica_wrapper_mapping.values():
+                if hasattr(wrapper, "slot_changed"):
+                    wrapper.slot_changed(slot)
+        return changed
+
+    return activate
