@@ -5,6 +5,7 @@ import torch
 
 from shared.architecture import FAMILIES
 from shared.attention import attention_patterns
+from shared.checks import heads_from
 from shared.hooks import capture, edit
 from shared.interventions import Add
 from shared.models import load
@@ -17,11 +18,8 @@ def model(request):
 
 def attention_out(model, layer, pattern_BHTT, v_BTX):
     """post_norm(W_O A V + b_O), by the definition."""
-    architecture, block = model.architecture, model.architecture.block(layer)
-    B, T, _ = v_BTX.shape
-    v_BGTd = v_BTX.view(B, T, architecture.n_kv_heads, architecture.head_dim).transpose(1, 2)
-    v_BHTd = v_BGTd.repeat_interleave(architecture.n_heads // architecture.n_kv_heads, dim=1)
-    heads_BTX = (pattern_BHTT @ v_BHTd).transpose(1, 2).reshape(B, T, -1)
+    block = model.architecture.block(layer)
+    heads_BTX = heads_from(model.architecture, pattern_BHTT, v_BTX)
     out_BTD = torch.nn.functional.linear(heads_BTX, block.W_o, block.b_o)
     return out_BTD if block.attn_post_norm is None else block.attn_post_norm(out_BTD)
 

@@ -6,11 +6,12 @@ One forward pass over a few tokens, captured at every site through the hooks, th
     projections q, k, v (and gate, up) equal the weights of `BlockView` times their input
     neurons     the activation rule gives the input of the down projection
     mlp         neurons through the down projection (and post-norm) give mlp_out
+    heads       attention patterns (shared.attention) times v give the input of the output projection
     attention   heads through the output projection (and post-norm) give attn_out
     residual    input + attn_out + mlp_out = output
 
 `ArchitectureError` names the failing check, the block and the error. Quantised models are checked for shapes, mlp,
-attention and residual only, since their weights are not plain matrices.
+heads, attention and residual only, since their weights are not plain matrices.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from shared.architecture import Architecture, ArchitectureError
+from shared.attention import attention_patterns
 from shared.hooks import Activations, capture
 from shared.tokens import pad
 
@@ -35,20 +38,40 @@ _TOKENS = 6
 
 def check(model: Model) -> None:
     """Run all checks on a loaded model; `ArchitectureError` names the first that fails."""
+    from nnsight.intervention.interleaver import OutOfOrderError
+
     architecture = model.architecture
     if model.hf.device.type == "meta":
         return
     ids = [(7 * i + 3) % architecture.vocab_size for i in range(_TOKENS)]
+    batch = pad([ids], [_TOKENS], 0)
     sites = [site for site in architecture.sites() if site not in ("embed", "logits")]
-    with torch.no_grad(), capture(model, sites) as acts:
-        model(pad([ids], [_TOKENS], 0))
-    tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
-    if model.config.quantization:
-        tolerance = LOW_PRECISION_TOLERANCE
+    try:
+        with torch.no_grad(), capture(model, sites) as acts:
+            model(batch)
+            patterns = attention_patterns(model, batch)
+    except OutOfOrderError as error:
+        raise ArchitectureError(
+            f"{architecture.family}: check 'order' failed: the model does not reach its modules in the order "
+            f"of the table ({error})."
+        ) from None
+    plain = model.config.quantization is None
+    tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE) if plain else LOW_PRECISION_TOLERANCE
     _check_shapes(architecture, acts)
     for layer in range(architecture.n_layers):
-        for name, got, expected in block_identities(architecture, layer, acts, not model.config.quantization):
+        heads = heads_from(architecture, patterns[layer], acts[f"blocks.{layer}.v"])
+        _compare(architecture, f"heads in block {layer}", heads, acts[f"blocks.{layer}.heads"], tolerance)
+        for name, got, expected in block_identities(architecture, layer, acts, plain):
             _compare(architecture, f"{name} in block {layer}", got, expected, tolerance)
+
+
+def heads_from(
+    architecture: Architecture, pattern_BHTT: Float[Tensor, "B H T T"], v_BTX: Float[Tensor, "B T X"]
+) -> Float[Tensor, "B T Y"]:
+    """Concatenated heads A_h V_h, the input of the output projection."""
+    v_BGTd = v_BTX.unflatten(-1, (architecture.n_kv_heads, architecture.head_dim)).transpose(1, 2)
+    v_BHTd = v_BGTd.repeat_interleave(architecture.n_heads // architecture.n_kv_heads, dim=1)
+    return (pattern_BHTT @ v_BHTd).transpose(1, 2).flatten(2)
 
 
 def block_identities(
