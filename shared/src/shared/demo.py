@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -77,7 +77,7 @@ def run_part(part: Part, overrides: Sequence[str], console: Console) -> float:
     command = [sys.executable, "-m", "shared.run", f"pipeline={part.pipeline}", f"run.folder={folder}"]
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as file, console.status(f"{part.title} (log: {log})"):
-        code = subprocess.run([*command, *overrides], stdout=file, stderr=subprocess.STDOUT).returncode
+        code = _status([*command, *overrides], file)
     seconds = time.perf_counter() - started
     if code:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
@@ -85,6 +85,10 @@ def run_part(part: Part, overrides: Sequence[str], console: Console) -> float:
         sys.exit(f"error: {part.pipeline} failed with exit status {code}; the end of {log} is above")
     console.print(f"{part.pipeline}: {seconds:.0f} s", highlight=False)
     return seconds
+
+
+def _status(command: Sequence[str], log: TextIO) -> int:
+    return subprocess.run(command, check=False, stdout=log, stderr=subprocess.STDOUT).returncode
 
 
 def owed_metrics(part: Part, metrics: Mapping[str, Any]) -> list[str]:

@@ -5,16 +5,17 @@ Intervals are percentile bootstrap intervals (Efron 1979). Resampling is joint o
 """
 
 import random
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
-Statistic = Callable[..., NDArray | float]
+Numbers = Sequence[Any] | NDArray[Any] | Tensor
+Statistic = Callable[..., NDArray[Any] | float]
 
 
 class Interval(NamedTuple):
@@ -25,15 +26,15 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean(values: NDArray) -> NDArray:
+def mean(values: NDArray[Any]) -> NDArray[Any] | float:
     """Mean over the last axis, the default statistic of `bootstrap_interval`."""
     return values.mean(axis=-1)
 
 
 def bootstrap_interval(
-    *samples: ArrayLike,
+    *samples: Numbers,
     statistic: Statistic = mean,
-    clusters: ArrayLike | None = None,
+    clusters: Numbers | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -64,8 +65,12 @@ def bootstrap_interval(
 
 
 def _cluster_draws(
-    arrays: list[NDArray], statistic: Statistic, clusters: NDArray, resamples: int, rng: np.random.Generator
-) -> NDArray:
+    arrays: list[NDArray[Any]],
+    statistic: Statistic,
+    clusters: NDArray[Any],
+    resamples: int,
+    rng: np.random.Generator,
+) -> NDArray[Any]:
     """The statistic on `resamples` draws of whole clusters with replacement; draws differ in length, hence a loop."""
     if clusters.shape != arrays[0].shape:
         raise ValueError(f"clusters has shape {clusters.shape}, the samples {arrays[0].shape}")
@@ -76,13 +81,13 @@ def _cluster_draws(
     return np.array([float(statistic(*(array[index] for array in arrays))) for index in rows])
 
 
-def _ranks(values: NDArray) -> NDArray:
+def _ranks(values: NDArray[Any]) -> NDArray[Any]:
     from scipy.stats import rankdata  # slow to import
 
     return rankdata(values, axis=-1)
 
 
-def spearman(x: ArrayLike, y: ArrayLike) -> NDArray | float:
+def spearman(x: Numbers, y: Numbers) -> NDArray[Any] | float:
     """Spearman's rank correlation over the last axis (ties get their mean rank); nan where one side is constant."""
     x_rank, y_rank = _ranks(np.asarray(x)), _ranks(np.asarray(y))
     if x_rank.shape != y_rank.shape:
@@ -95,7 +100,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> NDArray | float:
     return float(rho) if rho.ndim == 0 else rho
 
 
-def auroc(scores: ArrayLike, labels: ArrayLike) -> NDArray | float:
+def auroc(scores: Numbers, labels: Numbers) -> NDArray[Any] | float:
     """Chance that a positive scores above a negative, ties 1/2, over the last axis; nan where a class is empty.
 
     This is the Mann-Whitney U statistic divided by the number of pairs; `labels` are 0/1 or bool.
