@@ -1,0 +1,224 @@
+"""Files to typed rows and back, and splits that depend on nothing but the rows themselves.
+
+A row type is a dataclass; its fields are the columns. Reading is strict: a row that does not parse, lacks a column,
+has one too many or a value of another type is refused with file, line and column, before anything is computed. CSV
+cells are text and are read as the field's type (an empty cell is None where the type allows it).
+
+A split is decided row by row: the row's key is hashed to a point in [0, 1), and the point falls into one of the
+parts. Adding, removing or reordering rows moves no other row; rows with one key (copies of a row, or the members of
+a group where a group key is given) always land on one side.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from shared.config import ConfigError, to_dataclass
+from shared.errors import UserError
+from shared.serialize import atomic_path, plain
+
+
+class DataclassLike(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Row = TypeVar("Row", bound=DataclassLike)
+T = TypeVar("T")
+FORMATS = ".jsonl, .csv, or a folder written by datasets.save_to_disk"
+
+
+class DataError(UserError):
+    """A file that cannot be read as the rows asked for; the message names file, line and column."""
+
+
+def read_rows(
+    path: Path | str,
+    row_type: type[Row],
+    *,
+    columns: Mapping[str, str] | None = None,
+    drop_extra: bool = False,
+    part: str | None = None,
+) -> list[Row]:
+    """Rows of a JSONL or CSV file or of a Hugging Face dataset folder as instances of the dataclass `row_type`.
+
+    `columns` maps field names to differing column names; `drop_extra` ignores columns that no field asks for; `part`
+    names the split to read of a folder that holds several. DataError names file, line and column.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist; expected {FORMATS} with {_described(row_type)}")
+    names = {
+        field.name: (columns or {}).get(field.name, field.name) for field in dataclasses.fields(row_type)
+    }
+    unknown = set(columns or {}) - set(names)
+    if unknown:
+        raise DataError(f"columns names no field of {row_type.__name__}: {', '.join(sorted(unknown))}")
+    rows = []
+    for where, values in _raw_rows(path, part, get_type_hints(row_type), names):
+        extra = set(values) - set(names.values())
+        if extra and not drop_extra:
+            raise DataError(
+                f"{where}: unexpected column {', '.join(map(repr, sorted(extra)))}; {_described(row_type)}"
+            )
+        chosen = {field: values[column] for field, column in names.items() if column in values}
+        try:
+            rows.append(to_dataclass(row_type, chosen))
+        except (ConfigError, DataError) as error:
+            raise DataError(f"{where}: {error}") from error
+    return rows
+
+
+def write_rows(path: Path | str, rows: Iterable[DataclassLike]) -> None:
+    """Write dataclass rows as JSON lines, atomically; `read_rows` gives them back."""
+    with atomic_path(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def split_rows(
+    rows: Iterable[T],
+    fractions: Mapping[str, float],
+    *,
+    group: Callable[[T], object] | None = None,
+    seed: int = 0,
+) -> dict[str, list[T]]:
+    """Rows by part, in their order; `fractions` name the parts and sum to 1.
+
+    Rows with equal `group(row)` stay together; without `group` the key is the row's whole content.
+    """
+    total = sum(fractions.values())
+    if not fractions or min(fractions.values()) < 0 or abs(total - 1) > 1e-9:
+        raise UserError(f"the fractions of a split are at least 0 and sum to 1, got {dict(fractions)}")
+    parts: dict[str, list[T]] = {name: [] for name in fractions}
+    for row in rows:
+        parts[part_of(row if group is None else group(row), fractions, seed)].append(row)
+    return parts
+
+
+def part_of(key: object, fractions: Mapping[str, float], seed: int = 0) -> str:
+    """Name of the part that `key` (anything with a JSON form) falls into."""
+    point = hash_point(key, seed)
+    chosen = [name for name, fraction in fractions.items() if fraction > 0]
+    bounds = accumulate(fractions[name] for name in chosen)
+    # rounding may leave the last bound a hair below 1: the last part takes what is left
+    return next((name for name, bound in zip(chosen, bounds) if point < bound), chosen[-1])
+
+
+def hash_point(key: object, seed: int = 0) -> float:
+    """A point in [0, 1) determined by seed and key, the same on every machine and in every process."""
+    text = json.dumps([seed, plain(key)], sort_keys=True, ensure_ascii=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def _described(row_type: type[Row]) -> str:
+    return f"{row_type.__name__} has the columns {', '.join(f.name for f in dataclasses.fields(row_type))}"
+
+
+def _raw_rows(
+    path: Path, part: str | None, hints: Mapping[str, Any], names: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, values by column) of every row."""
+    if path.is_dir():
+        return _from_dataset(path, part)
+    if part is not None:
+        raise DataError(f"{path} is one file: part={part!r} is for dataset folders")
+    if path.suffix == ".jsonl":
+        return _from_jsonl(path)
+    if path.suffix == ".csv":
+        return _from_csv(path, {names[field]: hint for field, hint in hints.items() if field in names})
+    raise DataError(f"{path}: unknown format {path.suffix!r}; expected {FORMATS}")
+
+
+def _from_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line, parse_constant=_no_constant)
+            except ValueError as error:
+                raise DataError(f"{where}: not JSON: {error}") from error
+            if not isinstance(values, dict):
+                raise DataError(f"{where}: a row is a JSON object, got {type(values).__name__}")
+            yield where, values
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _from_csv(path: Path, hints: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        header = next(reader, None)
+        if not header or len(set(header)) < len(header):
+            raise DataError(f"{path}, line 1: the header must name every column once, got {header}")
+        while True:
+            where = f"{path}, line {reader.line_num + 1}"
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"{where}: {error}") from error
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise DataError(f"{where}: {len(cells)} cells under {len(header)} columns")
+            yield (
+                where,
+                {name: _cell(hints.get(name, str), cell, name, where) for name, cell in zip(header, cells)},
+            )
+
+
+def _cell(hint: Any, cell: str, column: str, where: str) -> Any:
+    """A CSV cell as the type `hint`: text as it is, numbers and truth values parsed, anything else read as JSON."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType, Literal) else (hint,)
+    if cell == "" and type(None) in options:
+        return None
+    if any(option is str or isinstance(option, str) for option in options):
+        return cell
+    if bool in options and cell.lower() in ("true", "false"):
+        return cell.lower() == "true"
+    parse = int if int in options else float if float in options else json.loads
+    try:
+        value = parse(cell)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{cell} is not finite")
+    except ValueError as error:
+        raise DataError(f"{where}: column {column!r}: cannot read {cell!r} as {_name(hint)}") from error
+    return value
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _from_dataset(path: Path, part: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is no dataset folder: {error}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if part not in dataset:
+            raise DataError(
+                f"{path} holds the parts {', '.join(dataset)}: choose one with part=..., got {part!r}"
+            )
+        dataset = dataset[part]
+    elif part is not None:
+        raise DataError(f"{path} holds one unnamed part: leave part out")
+    for number, values in enumerate(dataset):
+        yield f"{path}, row {number}", dict(values)

@@ -1,0 +1,132 @@
+"""What vLLM is told: engine arguments of a model configuration, sampling parameters of a draw, and the way back."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import UserError
+from shared.generation.json_grammar import json_grammar
+from shared.generation.requests import Completion, Draw, Sampling
+from shared.loading import RANDOM
+from shared.loading import _local_path as local_path
+from shared.models import ModelConfig, load
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import RequestOutput
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM has buffers for
+CPU_KV_CACHE_BYTES = 2**30
+GPU_ADAPTER_SLOTS = 16
+
+
+def model_arguments(config: ModelConfig, scratch: Path) -> dict[str, Any]:
+    """Engine arguments that name the model; random weights are first written into the folder `scratch`."""
+    if config.remote:
+        raise UserError(
+            "vLLM runs here and cannot serve a remote model: set remote=False, or use HFGenerator"
+        )
+    if config.quantization is not None:
+        raise UserError(
+            "vLLM has its own quantisation: leave ModelConfig.quantization empty and pass quantization=..."
+        )
+    return {
+        "model": model_folder(config, scratch),
+        "dtype": config.dtype,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "seed": config.seed,
+    }
+
+
+def model_folder(config: ModelConfig, scratch: Path) -> str:
+    """Folder or hub id that vLLM loads; random weights are written into the folder `scratch`."""
+    if config.name.startswith(RANDOM):
+        return str(load(config).save(scratch))
+    return str(local_path(config) or config.name)
+
+
+def platform_arguments(on_gpu: bool) -> dict[str, Any]:
+    """Engine arguments that depend on the machine: on a CPU eager, in this process, with a bounded cache."""
+    common: dict[str, Any] = {
+        "use_tqdm_on_load": False,
+        "structured_outputs_config": {"backend": "xgrammar"},
+    }
+    if on_gpu:
+        return common
+    kv_cache = (
+        {} if os.environ.get("VLLM_CPU_KVCACHE_SPACE") else {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+    )
+    return common | {"enforce_eager": True, "distributed_executor_backend": "uni"} | kv_cache
+
+
+def adapter_arguments(folders: Mapping[str, Path], on_gpu: bool) -> dict[str, Any]:
+    """Engine arguments that make room for these adapters; UserError names a folder that holds none.
+
+    On a CPU there is one slot more than adapters: the CPU operators of vLLM 0.32 apply the last slot to tokens
+    without an adapter, which is right only as long as that slot stays empty.
+    """
+    if not folders:
+        return {}
+    rank = max(adapter_rank(name, folder) for name, folder in folders.items())
+    if rank > LORA_RANKS[-1]:
+        raise UserError(f"adapter rank {rank} is above {LORA_RANKS[-1]}, the highest that vLLM serves")
+    return {
+        "enable_lora": True,
+        "max_lora_rank": next(size for size in LORA_RANKS if size >= rank),
+        "max_loras": min(len(folders), GPU_ADAPTER_SLOTS) if on_gpu else len(folders) + 1,
+        "max_cpu_loras": len(folders) + 1,
+    }
+
+
+def adapter_rank(name: str, folder: Path) -> int:
+    """Highest rank stated in a PEFT folder's adapter_config.json; UserError when there is none."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(
+            f"adapter {name!r}: no adapter_config.json in {folder}; give the folder the adapter was saved to"
+        )
+    config = json.loads(file.read_text())
+    return max([int(config["r"]), *(config.get("rank_pattern") or {}).values()])
+
+
+def sampling_params(draw: Draw, sampling: Sampling) -> "SamplingParams":
+    """vLLM's parameters for one draw; greedy draws carry no seed, they need none."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = draw.request.json_schema
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=draw.seed if sampling.temperature > 0 else None,
+        logprobs=sampling.logprobs,
+        stop=list(sampling.stop),
+        structured_outputs=None if schema is None else StructuredOutputsParams(grammar=json_grammar(schema)),
+    )
+
+
+def completion(output: "RequestOutput", top: int) -> Completion:
+    """vLLM's answer to one draw with the `top` likeliest tokens a position; UserError when the engine failed."""
+    answer = output.outputs[0]
+    if answer.finish_reason not in ("stop", "length"):
+        raise UserError(
+            f"vLLM ended a request with {answer.finish_reason!r}; set VLLM_LOGGING_LEVEL=INFO to see why"
+        )
+    ids = list(answer.token_ids)
+    steps: Any = answer.logprobs or []
+    return Completion(
+        text=answer.text,
+        token_ids=ids,
+        logprobs=[step[token].logprob for step, token in zip(steps, ids)],
+        finish_reason=answer.finish_reason,
+        top_logprobs=[_likeliest(step, top) for step in steps] if top else [],
+    )
+
+
+def _likeliest(step: Mapping[int, Any], top: int) -> dict[int, float]:
+    ranked = sorted(step.items(), key=lambda item: -item[1].logprob)[:top]
+    return {token: entry.logprob for token, entry in ranked}
