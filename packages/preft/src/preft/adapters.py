@@ -172,7 +172,7 @@ class Adapter(nn.Module):
                 deltas[path] = ReFTDelta(Architecture(hf).width, config, generator)
         return cls(config, deltas).to(next(hf.parameters()).device)
 
-    def items(self) -> Iterator[tuple[str, Any]]:
+    def parts(self) -> Iterator[tuple[str, Any]]:
         """Path and delta of every module the adapter acts on."""
         yield from zip(self.paths, self.deltas)
 
@@ -183,7 +183,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def retract_(self) -> None:
         """Restore the constraints of the method (orthonormal R) after an optimiser step."""
-        for _, delta in self.items():
+        for _, delta in self.parts():
             delta.retract_()
 
     @contextmanager
@@ -192,7 +192,7 @@ class Adapter(nn.Module):
         with ExitStack() as stack:
             # A mask without a token (a decode step of a prefill adapter) leaves the bare model.
             if bool(mask_BT.any()):
-                for path, delta in self.items():
+                for path, delta in self.parts():
                     handle = hf.get_submodule(path).register_forward_hook(_hook(delta, mask_BT))
                     stack.callback(handle.remove)
             yield

@@ -49,7 +49,7 @@ def save_adapter(
         partial.mkdir()
         tensors = {
             name: tensor.detach().float().cpu().contiguous()
-            for path, delta in adapter.items()
+            for path, delta in adapter.parts()
             for name, tensor in _named(path, adapter.config, delta.factors())
         }
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -156,12 +156,12 @@ def load_adapter(folder: Path | str, hf: nn.Module, fingerprint: str | None = No
     adapter = Adapter.create(hf, saved.config)
     expected = {
         name: tensor
-        for path, delta in adapter.items()
+        for path, delta in adapter.parts()
         for name, tensor in _named(path, saved.config, delta.factors())
     }
     _check_tensors(expected, tensors, weights)
     with torch.no_grad():
-        for path, delta in adapter.items():
+        for path, delta in adapter.parts():
             (a_name, _), (b_name, _) = _named(path, saved.config, delta.factors())
             delta.load_(Factors(tensors[a_name].float(), tensors[b_name].float()))
     return adapter
@@ -187,7 +187,7 @@ def merged_state(adapter: Adapter, hf: nn.Module) -> dict[str, Tensor]:
     """
     check_no_merge([adapter.config])
     merged = {}
-    for path, delta in adapter.items():
+    for path, delta in adapter.parts():
         module = hf.get_submodule(path)
         update_OI = (delta.B_OR @ delta.A_RI * delta.scale).detach().to(module.weight)
         merged[f"{path}.weight"] = module.weight.detach() + (
