@@ -1,0 +1,78 @@
+"""House rules that a reader relies on: plain text, documented modules, small files, no pickle, no machine's paths."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = {
+    ".py",
+    ".md",
+    ".toml",
+    ".yaml",
+    ".yml",
+    ".in",
+    ".txt",
+    ".cff",
+    ".j2",
+    ".html",
+    ".css",
+    ".js",
+    ".json",
+    "",
+}
+
+
+def tracked(*suffixes: str) -> list[Path]:
+    """The repository's files with one of the suffixes; those git tracks, or all in an exported copy."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [path for path in paths if path.suffix in suffixes and path.is_file()]
+
+
+def named(paths: list[Path]) -> list[str]:
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+def sources() -> list[Path]:
+    return [path for path in tracked(".py") if "src" in path.relative_to(ROOT).parts]
+
+
+def test_text_is_ascii():
+    licences = {"LICENSE"}
+    wrong = [path for path in tracked(*TEXT) if path.name not in licences and not path.read_bytes().isascii()]
+    # A tokenizer's vocabulary writes bytes as it must.
+    assert not [name for name in named(wrong) if not name.endswith(("tokenizer.json", "vocab.json"))]
+
+
+def test_every_module_says_what_it_is():
+    silent = [
+        path for path in sources() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not named(silent)
+
+
+def test_no_source_file_is_over_four_hundred_lines():
+    long = [path for path in sources() if len(path.read_text(encoding="utf-8").splitlines()) > 400]
+    assert not named(long)
+
+
+def test_nothing_is_pickled():
+    """JSON, JSONL and safetensors only: no pickle module, no torch.save or torch.load."""
+    pattern = re.compile(
+        r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b|torch\.(save|load)\(", re.MULTILINE
+    )
+    assert not named([path for path in sources() if pattern.search(path.read_text(encoding="utf-8"))])
+
+
+def test_no_path_of_a_machine_is_written_down():
+    pattern = re.compile(r"(?<![\w.$}])/(home|root|Users|work)/\w")
+    found = [
+        path for path in tracked(*TEXT) if pattern.search(path.read_text(encoding="utf-8", errors="replace"))
+    ]
+    assert not [name for name in named(found) if name != "tests/architecture/test_house.py"]
