@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -82,17 +82,31 @@ def task(config: DictConfig) -> None:
         _fail(error)
 
 
-def execute(config: DictConfig) -> None:
-    """Run the composed pipeline in Hydra's output folder."""
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+class Job(NamedTuple):
+    """A composed configuration as typed values."""
+
+    pipeline: Pipeline
+    settings: Any
+    model: ModelConfig
+    run: RunConfig
+
+
+def typed(config: DictConfig) -> Job:
+    """The composed configuration as dataclasses; raises UserError naming a key that does not fit."""
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     pipeline = _chosen(values["pipeline"].pop("name"))
     settings: Any = to_dataclass(pipeline.config_class, values["pipeline"], where="pipeline")
     model = to_dataclass(ModelConfig, values["model"], where="model")
-    run_config = to_dataclass(RunConfig, values["run"], where="run")
-    record = {"pipeline": pipeline.name, "settings": settings, "model": model}
+    return Job(pipeline, settings, model, to_dataclass(RunConfig, values["run"], where="run"))
+
+
+def execute(config: DictConfig) -> None:
+    """Run the composed pipeline in Hydra's output folder."""
+    job = typed(config)
+    record = {"pipeline": job.pipeline.name, "settings": job.settings, "model": job.model}
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with start_run(folder, record, run_config.seed, run_config.resume) as run:
-        run.metrics(pipeline.run(settings, model, run))
+    with start_run(folder, record, job.run.seed, job.run.resume) as run:
+        run.metrics(job.pipeline.run(job.settings, job.model, run))
     print(f"{run.path('report.html')}", file=sys.stderr)
 
 

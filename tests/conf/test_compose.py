@@ -1,0 +1,102 @@
+"""Every configuration composes into its dataclasses, and a wrong one is one line that names the key."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from shared.run import configuration_folder, pipelines, register_defaults, typed
+
+CONF = Path(__file__).parents[2] / "conf"
+NAMES = {"preft": "adapter_serving", "circuits": "circuit_tracing", "assumptions": "assumption_probing"}
+PLAIN_LAUNCHERS = ["basic", "joblib", "submitit_local", "submitit_slurm", "ray"]
+
+
+def options(group):
+    folder = CONF / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    register_defaults()
+    with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+def composed(*overrides, **options):
+    return compose("config", list(overrides), **options)
+
+
+def test_the_three_pipelines_are_installed():
+    assert set(NAMES.values()) <= set(pipelines())
+    assert set(options("pipeline")) == set(pipelines())
+
+
+@pytest.mark.parametrize("name", options("pipeline"))
+def test_a_pipelines_defaults_are_those_of_its_dataclass(name):
+    job = typed(composed(f"pipeline={name}"))
+    assert job.settings == pipelines()[name].config_class()
+    assert job.model.name == "tinyworld"
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_model_composes(name):
+    given = ["model.name=somewhere"] if name == "local" else []
+    job = typed(composed("pipeline=circuit_tracing", f"model={name}", *given))
+    assert job.model.name
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes_and_chooses_its_pipeline(name):
+    job = typed(composed(f"experiment={name}"))
+    assert job.pipeline.name == NAMES[name.partition("/")[0]]
+    assert job.settings != job.pipeline.config_class(), "an experiment that changes nothing"
+
+
+def test_every_pipeline_has_a_smoke_experiment():
+    assert {f"{package}/smoke" for package in NAMES} <= set(options("experiment"))
+
+
+@pytest.mark.parametrize("name", [*PLAIN_LAUNCHERS, *options("hydra/launcher")])
+def test_every_launcher_is_built(name):
+    config = composed("pipeline=circuit_tracing", f"hydra/launcher={name}", return_hydra_config=True)
+    config.hydra.sweep.dir = "runs/sweep/x"
+    OmegaConf.set_readonly(config.hydra, False)
+    launcher = instantiate(config.hydra.launcher, _recursive_=False)
+    assert hasattr(launcher, "launch")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pipeline=circuit_tracing", "pipeline.taks=[simple]"], "'pipeline.taks' (did you mean 'tasks'?)"),
+        (
+            ["pipeline=circuit_tracing", "pipeline.ablate=many"],
+            "'pipeline.ablate' must be int, got str 'many'",
+        ),
+        (
+            ["pipeline=adapter_serving", "pipeline.train.stepz=2"],
+            "'pipeline.train.stepz' (did you mean 'steps'?)",
+        ),
+        (["pipeline=adapter_serving", "model.nam=x"], "'model.nam' (did you mean 'name'?)"),
+        (["pipeline=adapter_serving", "model=local"], "model.name"),
+        (["pipeline=nope"], "adapter_serving"),
+        ([], "You must specify 'pipeline'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_configuration_is_one_line_and_exit_status_two(arguments, expected, tmp_path):
+    folder = [f"run.folder={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "shared.run", *arguments, *folder]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
