@@ -9,7 +9,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
+from shared.config import ConfigError
 from shared.run import configuration_folder, pipelines, register_defaults, typed
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -74,27 +76,42 @@ def test_every_launcher_is_built(name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("overrides", "expected"),
     [
-        (["pipeline=circuit_tracing", "pipeline.taks=[simple]"], "'pipeline.taks' (did you mean 'tasks'?)"),
+        (
+            ["pipeline=circuit_tracing", "pipeline.taks=[simple]"],
+            r"'pipeline.taks' \(did you mean 'tasks'\?\)",
+        ),
         (
             ["pipeline=circuit_tracing", "pipeline.ablate=many"],
             "'pipeline.ablate' must be int, got str 'many'",
         ),
+        (["pipeline=adapter_serving", "model.nam=x"], r"'model.nam' \(did you mean 'name'\?\)"),
+        (["pipeline=adapter_serving", "+run.sede=1"], r"'run.sede' \(did you mean 'seed'\?\)"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(overrides, expected):
+    with pytest.raises(ConfigError, match=expected):
+        typed(composed(*overrides))
+
+
+def test_a_mandatory_value_is_asked_for():
+    with pytest.raises(MissingMandatoryValue, match="model.name"):
+        typed(composed("pipeline=adapter_serving", "model=local"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
         (
             ["pipeline=adapter_serving", "pipeline.train.stepz=2"],
             "'pipeline.train.stepz' (did you mean 'steps'?)",
         ),
-        (["pipeline=adapter_serving", "model.nam=x"], "'model.nam' (did you mean 'name'?)"),
-        (["pipeline=adapter_serving", "model=local"], "model.name"),
         (["pipeline=nope"], "adapter_serving"),
-        ([], "You must specify 'pipeline'"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_configuration_is_one_line_and_exit_status_two(arguments, expected, tmp_path):
-    folder = [f"run.folder={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "shared.run", *arguments, *folder]
+def test_a_users_error_is_one_line_and_exit_status_two(arguments, expected, tmp_path):
+    command = [sys.executable, "-m", "shared.run", *arguments, f"run.folder={tmp_path / 'run'}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert expected in done.stderr
