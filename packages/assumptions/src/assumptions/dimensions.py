@@ -8,6 +8,8 @@ The scores describe one message in its context, not a lasting trait of the perso
 from dataclasses import dataclass
 from typing import Literal
 
+from shared.errors import UserError
+
 Family = Literal["belief", "support"]
 
 
@@ -95,8 +97,8 @@ SIGNS: dict[str, int] = {d.name: d.sign for d in DIMENSIONS}
 
 
 def dimension(name: str) -> Dimension:
-    """Return the dimension called `name`; ValueError names the nine otherwise."""
+    """Return the dimension called `name`; UserError names the nine otherwise."""
     for candidate in DIMENSIONS:
         if candidate.name == name:
             return candidate
-    raise ValueError(f"no dimension {name!r}; the nine are {', '.join(NAMES)}")
+    raise UserError(f"no dimension {name!r}; the nine are {', '.join(NAMES)}")

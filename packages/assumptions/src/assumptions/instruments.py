@@ -19,6 +19,7 @@ from assumptions import wording
 from assumptions.dimensions import BELIEFS, NAMES, SUPPORTS
 from assumptions.parsing import Answer, parse
 from assumptions.shapes import Items, Number, Record, Shape, Text, json_schema
+from shared.errors import UserError
 from shared.tokens import Message
 
 Framing = Literal["third_person", "chat", "bare"]
@@ -54,9 +55,8 @@ class Instrument:
     @cached_property
     def prompt_hash(self) -> str:
         """16 hexadecimal digits over a rendered prompt and schema: any change of wording changes it."""
-        rendered = repr(
-            (self.messages("TURN", [Message(role="user", content="EARLIER")]), self.json_schema())
-        )
+        history = [Message(role="user", content="EARLIER")] if self.framing != "bare" else []
+        rendered = repr((self.messages("TURN", history), self.json_schema()))
         return hashlib.sha256(rendered.encode()).hexdigest()[:16]
 
     def shape(self, order: Order = None) -> Shape | None:
@@ -66,7 +66,7 @@ class Instrument:
     def messages(self, turn: str, history: Sequence[Message] = (), order: Order = None) -> list[Message]:
         """Return the chat that asks for the assumptions behind `turn`, after the messages in `history`."""
         if not turn.strip():
-            raise ValueError("the user's message is empty; an instrument needs text to ask about")
+            raise UserError("the user's message is empty; an instrument needs text to ask about")
         return self.ask(turn, history, self.shape(order), self._ordered(order))
 
     def json_schema(self, order: Order = None) -> dict[str, Any] | None:
@@ -78,7 +78,7 @@ class Instrument:
         """Read an answer; scores holds the dimensions whose number is there, sections the texts after the JSON."""
         shape = self.shape()
         if shape is None:
-            raise ValueError(f"instrument {self.id} asks for no JSON; there is nothing to parse")
+            raise UserError(f"instrument {self.id} asks for no JSON; there is nothing to parse")
         marker = _marker(self.sections[0]) if self.sections else None
         answer = parse(text, shape, marker)
         sections = _split_sections(text[answer.end :], self.sections) if answer.numbers else {}
@@ -88,7 +88,7 @@ class Instrument:
         if order is None:
             return self.dimensions
         if sorted(order) != sorted(self.dimensions):
-            raise ValueError(f"order {list(order)} is not a permutation of {list(self.dimensions)}")
+            raise UserError(f"order {list(order)} is not a permutation of {list(self.dimensions)}")
         return tuple(order)
 
 
@@ -204,7 +204,7 @@ INSTRUMENTS: dict[str, Instrument] = {
 
 
 def instrument(name: str) -> Instrument:
-    """Return the instrument called `name`; ValueError lists the names otherwise."""
+    """Return the instrument called `name`; UserError lists the names otherwise."""
     if name not in INSTRUMENTS:
-        raise ValueError(f"no instrument {name!r}; there are {', '.join(sorted(INSTRUMENTS))}")
+        raise UserError(f"no instrument {name!r}; there are {', '.join(sorted(INSTRUMENTS))}")
     return INSTRUMENTS[name]

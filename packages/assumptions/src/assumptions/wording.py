@@ -10,6 +10,7 @@ from typing import Literal
 
 from assumptions.dimensions import dimension
 from assumptions.shapes import Shape, example
+from shared.errors import UserError
 from shared.tokens import Message
 
 Ask = Callable[[str, Sequence[Message], Shape | None, Sequence[str]], list[Message]]
@@ -115,7 +116,7 @@ def tinyworld(
     from shared.tinyworld.social import instrument
 
     if history:
-        raise ValueError("the embedded model was trained on single messages: elicit without a history")
+        raise UserError("the embedded model was trained on single messages: elicit without a history")
     return [Message(role="user", content=instrument(turn, order=tuple(order)))]
 
 
