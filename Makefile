@@ -13,7 +13,11 @@ PY := .venv/bin/python
 STAMP := .venv/.setup-$(ACCEL)
 # A preset of conf/model, or anything that ModelConfig.name takes (a folder, a Hugging Face id, random:llama).
 model = $(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),model.name=$(MODEL))
-run = $(PY) -m shared.run pipeline=$(1) $(model) $(if $(EXPERIMENT),experiment=$(2)/$(EXPERIMENT)) $(ARGS)
+package_adapter_serving := preft
+package_circuit_tracing := circuits
+package_assumption_probing := assumptions
+experiment = $(if $(EXPERIMENT),experiment=$(package_$(1))/$(EXPERIMENT))
+run = $(PY) -m shared.run pipeline=$(1) $(model) $(experiment) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo preft circuits assumptions sweep bench tinyworld test check format lock clean
@@ -30,17 +34,17 @@ demo: setup ## all three pipelines on the embedded model: one screen of figures,
 	@$(PY) -m shared.demo $(ARGS)
 
 preft: setup ## prefill-only adapters: train, serve in one vLLM batch (MODEL=, EXPERIMENT=, ARGS=)
-	@$(call run,adapter_serving,preft)
+	@$(call run,adapter_serving)
 
 circuits: setup ## neuron circuits: attribute, prune, ablate (MODEL=, EXPERIMENT=, ARGS=)
-	@$(call run,circuit_tracing,circuits)
+	@$(call run,circuit_tracing)
 
 assumptions: setup ## assumptions about the user: elicit, probe, steer (MODEL=, EXPERIMENT=, ARGS=)
-	@$(call run,assumption_probing,assumptions)
+	@$(call run,assumption_probing)
 
 sweep: setup ## runs side by side and one table: PIPELINE=circuit_tracing LAUNCHER=joblib ARGS="run.seed=0,1"
 	@$(PY) -m shared.run -m pipeline=$(PIPELINE) $(model) hydra/launcher=$(LAUNCHER) sweep.folder=$(SWEEP) \
-		$(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS)
+		$(call experiment,$(PIPELINE)) $(ARGS)
 	@$(PY) -m shared.collect $(SWEEP)
 
 bench: setup ## every benchmark in benchmarks/, results in benchmarks/results
