@@ -47,7 +47,7 @@ class Intervention:
     """
 
     site: str = field(kw_only=False)
-    phase: Phase = Phase.ALL
+    phase: Phase | str = Phase.ALL
     positions: Sequence[int] | None = None
     indices: Sequence[int] | None = None
 
