@@ -18,20 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from shared.config import ConfigError, to_dataclass
 from shared.errors import UserError
 from shared.serialize import atomic_path, plain
 
-
-class DataclassLike(Protocol):
-    """Any dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-Row = TypeVar("Row", bound=DataclassLike)
+Row = TypeVar("Row")
 T = TypeVar("T")
 FORMATS = ".jsonl, .csv, or a folder written by datasets.save_to_disk"
 
@@ -56,9 +49,7 @@ def read_rows(
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist; expected {FORMATS} with {_described(row_type)}")
-    names = {
-        field.name: (columns or {}).get(field.name, field.name) for field in dataclasses.fields(row_type)
-    }
+    names = {field: (columns or {}).get(field, field) for field in _fields(row_type)}
     unknown = set(columns or {}) - set(names)
     if unknown:
         raise DataError(f"columns names no field of {row_type.__name__}: {', '.join(sorted(unknown))}")
@@ -77,7 +68,7 @@ def read_rows(
     return rows
 
 
-def write_rows(path: Path | str, rows: Iterable[DataclassLike]) -> None:
+def write_rows(path: Path | str, rows: Iterable[object]) -> None:
     """Write dataclass rows as JSON lines, atomically; `read_rows` gives them back."""
     with atomic_path(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -120,8 +111,12 @@ def hash_point(key: object, seed: int = 0) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def _described(row_type: type[Row]) -> str:
-    return f"{row_type.__name__} has the columns {', '.join(f.name for f in dataclasses.fields(row_type))}"
+def _fields(row_type: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cast(Any, row_type))]
+
+
+def _described(row_type: type) -> str:
+    return f"{row_type.__name__} has the columns {', '.join(_fields(row_type))}"
 
 
 def _raw_rows(
