@@ -40,7 +40,7 @@ PARTS = (
         ("match_rate", "throughput.base", "throughput.lora", "throughput.lora_p", "throughput.reft_p"),
         (
             ("requests whose greedy tokens equal the reference's", "match_rate"),
-            ("held-out loss", "loss"),
+            ("held-out loss, nats a token", "heldout_loss"),
             ("generated tokens a second", "throughput"),
         ),
     ),

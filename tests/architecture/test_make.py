@@ -1,0 +1,65 @@
+"""The Makefile documents itself, and the pins are exact and name no host."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TARGETS = [
+    "setup",
+    "demo",
+    "test",
+    "check",
+    "preft",
+    "circuits",
+    "assumptions",
+    "sweep",
+    "bench",
+    "tinyworld",
+    "clean",
+]
+
+
+def make(*arguments):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_alone_lists_the_targets():
+    listed = re.findall(r"^ +make ([a-z]+) +(\S.*)$", make(), re.MULTILINE)
+    assert set(TARGETS) <= {name for name, _ in listed}
+    assert all(len(text) > 10 for _, text in listed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["preft"], "pipeline=adapter_serving model=tinyworld"),
+        (["circuits", "MODEL=qwen3", "EXPERIMENT=smoke"], "model=qwen3 experiment=circuits/smoke"),
+        (["assumptions", "MODEL=some/model", "ARGS=run.seed=3"], "model.name=some/model  run.seed=3"),
+        (["sweep", "LAUNCHER=slurm", "SWEEP=there"], "hydra/launcher=slurm sweep.folder=there"),
+    ],
+)
+def test_settings_reach_hydra(arguments, expected):
+    assert expected in make("-n", *arguments)
+
+
+@pytest.mark.parametrize("name", ["cpu.txt", "cuda.txt"])
+def test_pins_are_exact_and_name_no_host(name):
+    text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    assert len(lines) > 100
+    assert not [line for line in lines if not re.fullmatch(r"[a-z0-9._-]+==[^ ]+( ; .*)?", line)]
+    assert "://" not in text
+    assert "find-links" not in text
+
+
+def test_the_ci_script_is_executable():
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert os.access(ROOT / "scripts/setup", os.X_OK)
