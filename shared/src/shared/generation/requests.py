@@ -12,12 +12,13 @@ function of (prompt, sampling, seed) alone: not of its neighbours in the batch, 
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from shared.errors import UserError
 from shared.tokens import Message
 
 Prompt: TypeAlias = str | list[Message] | list[int]
+Engine = TypeVar("Engine", bound="EngineBase")  # not Self: beartype checks methods one by one
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class EngineBase:
     def close(self) -> None:
         """Free what the engine holds; a closed generator is not used again."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Engine) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
