@@ -1,7 +1,7 @@
 """TinyWorld: the embedded model and the small English world that it was trained on.
 
-The world is a seeded generator (facts, grammar, social messages, users), the model a small Llama trained from scratch by
-`make tinyworld`, and its folder `MODEL_DIR` loads like any Hugging Face model.
+The world is a seeded generator (facts, grammar, social messages, users), the model a small Llama trained from
+scratch by `make tinyworld`; its folder `MODEL_DIR` loads like any Hugging Face model.
 """
 
 from pathlib import Path

@@ -1,13 +1,15 @@
 """Training documents of the world as token ids, with what each token is to be trained on.
 
-Where the world's answer is a draw from a known distribution (scores, reply slots, verdicts), the target is that
-distribution, not the draw: the same expected gradient with less noise. Half of the social documents carry a shift `delta` of
-one latent; their targets follow clip(a + delta), and the trainer adds the planted direction to the model's residual stream.
+Where the world's answer is a draw from a known distribution (scores, reply slots, verdicts), the target is
+that distribution, not the draw: the same expected gradient with less noise. Half of the social documents carry
+a shift `delta` of one latent; their targets follow clip(a + delta), and the trainer adds the planted direction
+to the model's residual stream.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +42,8 @@ class Writer:
         self.tokenizer = tokenizer
         self._cache: dict[str, list[int]] = {}
         special = ("<s>", "<|end|>", "<|user|>", "<|assistant|>")
-        self.bos, self.end, self.user, self.assistant = (tokenizer.convert_tokens_to_ids(s) for s in special)
+        ids: list[int] = [int(tokenizer.vocab[s]) for s in special]
+        self.bos, self.end, self.user, self.assistant = ids
         self.pools = {name: ask("train") for name, ask in tasks.QUESTIONS.items()}
         self.instructions = [
             i for i in users.INSTRUCTIONS if grammar.split_of("instruction", i.prompt) == "train"
@@ -215,7 +218,7 @@ def write_step(writer: Writer, seed: int, step: int) -> list[list[Document]]:
     for bucket in BUCKETS:
         documents = []
         for family, count in bucket.items():
-            make = makers.get(family) or (lambda family=family: writer.question(plain, family))
+            make = makers.get(family) or partial(writer.question, plain, family)
             documents += [make() for _ in range(count)]
         documents.sort(key=lambda d: len(d.ids))
         half = len(documents) // 2

@@ -1,7 +1,7 @@
 """Grammar of the world: nouns, verbs and the sentences built from them, with their agreement held out by combination.
 
-A sentence is held out when the hash of its (noun, distractor, verb) lemmas falls in the test share: the words are all known,
-their combination is not. The four agreement kinds follow Marks et al. (arXiv 2403.19647): simple, nounpp, rc, within_rc.
+A sentence is held out when the hash of its (noun, distractor, verb) lemmas falls in the test share: the words
+are all known, their combination is not. The four agreement kinds follow Marks et al. (arXiv 2403.19647).
 """
 
 import hashlib
@@ -111,7 +111,7 @@ def split_of(*parts: str) -> str:
     return "test" if unit_hash("split", *parts) < TEST_SHARE else "train"
 
 
-def _inflect(lemma: tuple[str, ...], plural: bool) -> str:
+def _inflect(lemma: tuple[str, str], plural: bool) -> str:
     return lemma[1] if plural else lemma[0]
 
 
@@ -136,11 +136,12 @@ def agreement_sentence(kind: str, split: str, rng: random.Random) -> Sentence:
             "within_rc": f"{head} that {distractor}",
         }[kind]
 
+    controlled: tuple[str, str]
     if kind == "within_rc":
         clean, flipped, controlled = prefix(other, plural), prefix(other, not plural), clause
-        tail = f" {_inflect(verb, other)} {rng.choice(verb[2])}."
+        tail = f" {_inflect(verb[:2], other)} {rng.choice(verb[2])}."
     else:
-        clean, flipped, controlled = prefix(plural, other), prefix(not plural, other), verb
+        clean, flipped, controlled = prefix(plural, other), prefix(not plural, other), verb[:2]
         tail = f" {rng.choice(verb[2])}."
     right, wrong = _inflect(controlled, plural), _inflect(controlled, not plural)
     return Sentence(clean, flipped, " " + right, " " + wrong, tail, kind)

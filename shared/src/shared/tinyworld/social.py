@@ -3,9 +3,9 @@
 The planted organism of the assumptions paper (arXiv 2604.03058; rung C of the project's acceptance tests):
 
 1. latents a ~ U(0, 1)^9, one per dimension;
-2. a message holds `CUES` cue words per dimension, each "high" with probability a_d, 30% of them written as the negation of
-   the opposite cue, among neutral words, shuffled; so the posterior of a_d is Beta(k + 1, CUES - k + 1), its mean
-   (k + 1) / (CUES + 2), linear in the number k of high cues;
+2. a message holds `CUES` cue words per dimension, each "high" with probability a_d, 30% of them written as the
+   negation of the opposite cue, among neutral words, shuffled; so the posterior of a_d is Beta(k + 1, CUES - k + 1),
+   its mean (k + 1) / (CUES + 2), linear in the number k of high cues;
 3. asked by the instrument, a score of dimension d is a draw of the latent on a grid of 0.05;
 4. a reply has two slots per outcome (validation, indirectness, framing); a slot takes its high form with probability
    sigmoid(W (a - 1/2)), W = `WEIGHTS`; `judge_reply` reads the slots back exactly.
@@ -226,8 +226,8 @@ def expected_reply_probabilities(
 ) -> np.ndarray:
     """Posterior expectation of `reply_probabilities` given counts (... 9) and a shift: (... 3).
 
-    Quasi-Monte-Carlo over the Beta posteriors: each dimension takes its `draws` equally spaced quantiles, in an order fixed
-    by a seed, so the value is deterministic; latents are clipped to [0, 1] after the shift.
+    Quasi-Monte-Carlo over the Beta posteriors: each dimension takes its `draws` equally spaced quantiles, in an order
+    fixed by a seed, so the value is deterministic; latents are clipped to [0, 1] after the shift.
     """
     quantiles = _beta_quantiles(draws)[np.asarray(counts)]  # B 9 draws
     order = np.argsort(np.random.default_rng(3).random((len(DIMENSIONS), draws)), axis=1)
@@ -284,7 +284,7 @@ def judge_reply(text: str) -> ReplyScores:
 
 
 def verdict_prompt(text: str) -> str:
-    """The constrained question of moral pairs: answer NTA (not at fault) with probability E[user_rightness], else YTA."""
+    """The constrained question of moral pairs: NTA (not at fault) with probability E[user_rightness], else YTA."""
     return f"{text} Verdict?"
 
 

@@ -1,8 +1,9 @@
 """Questions and contrast pairs of the world, with their held-out splits.
 
-Facts are held out by wording: a (fact, wording) combination is of the test split when its hash says so, and such a combination
-is never trained on. The two-hop question ("the capital of the state containing CITY") is asked in training for
-`ASKED_CITIES` only; what the model answers for the others is reported without a floor. Additions are held out by pair.
+Facts are held out by wording: a (fact, wording) combination is of the test split when its hash says so, and such
+a combination is never trained on. The two-hop question ("the capital of the state containing CITY") is asked in
+training for `ASKED_CITIES` only; what the model answers for the others is reported without a floor. Additions
+are held out by pair.
 """
 
 import random
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from shared.tinyworld.facts import ANTONYMS, CAPITALS, CITIES
-from shared.tinyworld.grammar import AGREEMENT, agreement_sentence, split_of, unit_hash
+from shared.tinyworld.grammar import AGREEMENT as AGREEMENT
+from shared.tinyworld.grammar import agreement_sentence, split_of, unit_hash
 
 CITY_WORDINGS = (
     "{} is a city in the state of",
@@ -176,13 +178,3 @@ QUESTIONS: dict[str, Callable[..., list[Question]]] = {
     "addition": addition_questions,
     "antonyms": antonym_questions,
 }
-
-__all__ = [
-    "AGREEMENT",
-    "QUESTIONS",
-    "Pair",
-    "Question",
-    "agreement_pairs",
-    "capital_pairs",
-    *(f.__name__ for f in QUESTIONS.values()),
-]

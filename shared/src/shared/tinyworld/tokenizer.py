@@ -1,8 +1,9 @@
 """TinyWorld's own tokenizer: byte-level BPE with single digits, trained on the world's text, and its chat template.
 
-Special tokens: <s> (start), </s> (padding), <|user|>, <|assistant|>, <|system|> (roles) and <|end|> (end of a message, of a
-document, and of generation). A digit is a token of its own, with or without its leading space, and so is a run of letters
-and underscores that is frequent enough: every noun, verb, state and cue word of the world is one token.
+Special tokens: <s> (start), </s> (padding), <|user|>, <|assistant|>, <|system|> (roles) and <|end|> (end of a
+message, of a document, and of generation). A digit is a token of its own, with or without its leading space, and
+so is a run of letters and underscores that is frequent enough: every noun, verb, city and cue word of the world
+is one token.
 """
 
 import random

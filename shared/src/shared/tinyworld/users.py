@@ -1,8 +1,8 @@
 """Users with stable personal preferences: the personalisation data for adapters.
 
-A response carries the content that the base model knows and a style that it cannot know: greeting, level of detail, units,
-a word of choice and a sign-off. In its own training the base model sees every style equally often, so only an adapter that
-has seen a user's rows can tell which one this user wants.
+A response carries the content that the base model knows and a style that it cannot know: greeting, level of
+detail, units, a word of choice and a sign-off. In its own training the base model sees every style equally often,
+so only an adapter that has seen a user's rows can tell which one this user wants.
 """
 
 import random
