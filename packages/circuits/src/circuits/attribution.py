@@ -1,6 +1,7 @@
 """Node scores under one interface (paper sections 3 and 4; digest 1.5).
 
-A `Problem` is a batch, a metric and a reference. An estimator returns a score for every node and target, shape B K L T N:
+A `Problem` is a batch, a metric and a reference. An estimator returns a score for every node and target, shape B K L
+T N:
 
     relp            (a - ref) * coefficient of the frozen network, one forward and one hand-written backward pass
     atp             (a - ref) * gradient (attribution patching, gradient times activation)
@@ -93,20 +94,20 @@ def _relp(problem: Problem, seed: int) -> Scores:
 
 
 def _atp(problem: Problem, seed: int) -> Scores:
-    values = [layer.detach().requires_grad_() for layer in problem.network.neurons]
     offsets = [
         Offset(site, offset_BTX=torch.zeros_like(value).requires_grad_())
-        for site, value in zip(neuron_sites(problem.model), values, strict=True)
+        for site, value in zip(neuron_sites(problem.model), problem.network.neurons, strict=True)
     ]
     with torch.enable_grad(), edit(problem.model, offsets):
         value_BK = problem.metric.value(problem.model(problem.batch))
-    leaves = [offset.offset_BTX for offset in offsets]
-    gradient_BKLTN = torch.stack([_gradients(value_BK[:, k], leaves) for k in range(value_BK.shape[1])], dim=1)
+    gradient_BKLTN = _gradients(value_BK, [offset.offset_BTX for offset in offsets])
     return gradient_BKLTN * problem.delta_BLTN[:, None]
 
 
-def _gradients(value_B: Tensor, leaves: list[Tensor]) -> Float[Tensor, "B L T N"]:
-    return torch.stack(torch.autograd.grad(value_B.sum(), leaves, retain_graph=True), dim=1)
+def _gradients(value_BK: Tensor, leaves: list[Tensor]) -> Float[Tensor, "B K L T N"]:
+    """Return every target's gradient by each leaf (one a layer)."""
+    rows = [torch.autograd.grad(value_B.sum(), leaves, retain_graph=True) for value_B in value_BK.unbind(1)]
+    return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -127,17 +128,15 @@ def _ig_activations(problem: Problem, seed: int, steps: int = 10) -> Scores:
 
 def _ig_layer(problem: Problem, layer: int, steps: int) -> Float[Tensor, "B K T N"]:
     """Return the mean gradient by one layer's neurons along the straight line from the reference."""
-    n_rows, delta_BTN = len(problem.batch), problem.delta_BLTN[:, layer]
+    delta_BTN, site = problem.delta_BLTN[:, layer], neuron_sites(problem.model)[layer]
     start_BTN = problem.activations_BLTN[:, layer] - delta_BTN
-    total_BKTN: Tensor | float = 0.0
+    gradients = []
     for step in range(steps):
         point_BTN = (start_BTN + (step + 0.5) / steps * delta_BTN).requires_grad_()
-        with torch.enable_grad(), edit(problem.model, [Interchange(neuron_sites(problem.model)[layer], point_BTN)]):
+        with torch.enable_grad(), edit(problem.model, Interchange(site, point_BTN)):
             value_BK = problem.metric.value(problem.model(problem.batch))
-        rows = [torch.autograd.grad(value_BK[:, k].sum(), point_BTN, retain_graph=True)[0] for k in range(value_BK.shape[1])]
-        total_BKTN = total_BKTN + torch.stack(rows, dim=1) / steps
-    assert isinstance(total_BKTN, Tensor) and len(total_BKTN) == n_rows
-    return total_BKTN
+        gradients.append(_gradients(value_BK, [point_BTN])[:, :, 0])
+    return torch.stack(gradients).mean(0)
 
 
 def exact_scores(
@@ -190,7 +189,9 @@ def _exact(problem: Problem, seed: int) -> Scores:
         real_LTN = problem.network.real_BT[row][None, :, None].expand(problem.activations_BLTN.shape[1:])
         nodes_n3 = real_LTN.nonzero()
         layer, position, neuron = nodes_n3.T
-        scores_BKLTN[row][:, layer, position, neuron] = exact_scores(problem, row, nodes_n3).T.to(scores_BKLTN)
+        scores_BKLTN[row][:, layer, position, neuron] = exact_scores(problem, row, nodes_n3).T.to(
+            scores_BKLTN
+        )
     return scores_BKLTN
 
 

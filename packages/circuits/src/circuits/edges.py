@@ -1,13 +1,13 @@
 """Direct effects between neurons, from all earlier layers at once (paper section 3.3; digest 1.6 and 3.3).
 
-The direct effect of source s on target t runs along paths that meet no other MLP: the residual stream and attention's OV
-circuits stay open, and `weight(s -> t) = a_s * da_t/da_s` in the frozen network. All targets share one sweep:
+The direct effect of source s on target t runs along paths that meet no other MLP: the residual stream and attention's
+OV circuits stay open, and `weight(s -> t) = a_s * da_t/da_s` in the frozen network. All targets share one sweep:
 
 1. a target neuron starts as the row `c (p W_g + q W_u)` at its position, on the stream its MLP reads; a logit target
    starts at the top;
 2. going down, each block applies its attention step only; the batch grows by the targets of each block passed;
-3. at the output of each block, the weights of the wanted sources are inner products with their write directions, and one
-   inner product a position gives the in-flow from all of the block's neurons together, wanted or not;
+3. at the output of each block, the weights of the wanted sources are inner products with their write directions, and
+   one inner product a position gives the in-flow from all of the block's neurons together, wanted or not;
 4. at the bottom the embeddings are read; biases are read on the way.
 
 For every target, embeddings + biases + all neurons = the activation (or the logit): digest I2.

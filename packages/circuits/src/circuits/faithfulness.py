@@ -1,12 +1,13 @@
 """Does a circuit do what the model does? Faithfulness and completeness with intervals (paper section 4; digest 1.8).
 
-With m(M) the full model, m(0) every node at its reference, m(C) only the circuit clean and m(M \\ C) only the rest clean:
+With m(M) the full model, m(0) every node at its reference, m(C) only the circuit clean and m(M \\ C) only the rest
+clean:
 
     faithfulness  f(C) = (m(C) - m(0)) / (m(M) - m(0))        ideal 1
     completeness  c(C) = (m(M \\ C) - m(0)) / (m(M) - m(0))    ideal 0
 
-The headline is the paper's ratio of means over examples; its interval resamples examples. `CurvePoint` keeps the values of
-every example, so that other summaries (median of ratios, CPR, CMD) need no new runs.
+The headline is the paper's ratio of means over examples; its interval resamples examples. `CurvePoint` keeps the
+values of every example, so that other summaries (median of ratios, CPR, CMD) need no new runs.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,8 @@
 
 `FrozenNetwork` holds the blocks of one batch at its observed point. Two readings of it:
 
-- `sweep(seed)` walks the blocks from the last to the first and yields, per block, the cotangents that attribution reads:
-  total effects on every neuron, on every bias, and at the bottom on the embeddings (one pass for K targets);
+- `sweep(seed)` walks the blocks from the last to the first and yields, per block, the cotangents that attribution
+  reads: total effects on every neuron, on every bias, and at the bottom on the embeddings (one pass for K targets);
 - `forward(embed)` runs the network forward with its coefficients held, so that an edit can really be made in it: the
   ground truth of direct and total effects, and the forward-mode token maps.
 
@@ -133,7 +133,9 @@ def _block_row(block: FrozenBlock, index: int, keep: Tensor) -> FrozenBlock:
             key_BGTd=attention.key_BGTd[one][:, :, keep],
             allowed_BTT=attention.allowed_BTT[one][:, keep][:, :, keep],
         ),
-        **{name: _norm_row(getattr(block, name), index, keep) for name in ("attn_norm", "attn_post", "mlp_norm")},
+        attn_norm=_norm_row(block.attn_norm, index, keep),
+        attn_post=_norm_row(block.attn_post, index, keep),
+        mlp_norm=_norm_row(block.mlp_norm, index, keep),
         mlp_post=_norm_row(block.mlp_post, index, keep),
         gate_BTN=None if block.gate_BTN is None else block.gate_BTN[one, keep],
         up_BTN=block.up_BTN[one, keep],

@@ -1,13 +1,14 @@
 """An attribution graph: tokens, biases, neurons and logits as nodes, direct effects as edges, and a ledger that closes.
 
-Columns, never positional lists. `activation` is a node's value (a token's relevance enters through its edges), `total` its
-effect on each target, `weight` of an edge the direct effect (not normalised: divide by the target's activation for
-shares). `remainder` is what each target receives from sources that the graph leaves out, so that for every neuron and logit
+Columns, never positional lists. `activation` is a node's value (a token's relevance enters through its edges),
+`total` its effect on each target, `weight` of an edge the direct effect (not normalised: divide by the target's
+activation for shares). `remainder` is what each target receives from sources that the graph leaves out, so that for
+every neuron and logit
 
     sum of incoming weights + remainder = activation         (digest I2; `Graph.closure_error`)
 
-Saved as graph.json (format version, model, rules, metric, prompt, masses, labels) and graph.safetensors (the columns):
-lossless both ways, and refused where the version or a column is not what this release writes.
+Saved as graph.json (format version, model, rules, metric, prompt, masses, labels) and graph.safetensors (the
+columns): lossless both ways, and refused where the version or a column is not what this release writes.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -49,6 +50,9 @@ class Header:
     rules: dict[str, Any]
     reference: str = "zero"
     settings: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(
+        default_factory=dict
+    )  # by node number: what a neuron writes to the vocabulary
     conservation_error: float = 0.0
     node_mass_kept: float = 1.0
     edge_mass_kept: float = 1.0
@@ -129,10 +133,14 @@ def load_graph(folder: Path | str) -> Graph:
 
     folder = Path(folder)
     if not (folder / "graph.json").exists() or not (folder / "graph.safetensors").exists():
-        raise GraphError(f"{folder} holds no graph: graph.json and graph.safetensors are written by Graph.save")
+        raise GraphError(
+            f"{folder} holds no graph: graph.json and graph.safetensors are written by Graph.save"
+        )
     header = read_json(folder / "graph.json")
     if header.get("version") != FORMAT_VERSION:
-        raise GraphError(f"{folder}: format version {header.get('version')}, this release reads {FORMAT_VERSION}")
+        raise GraphError(
+            f"{folder}: format version {header.get('version')}, this release reads {FORMAT_VERSION}"
+        )
     columns = load_file(folder / "graph.safetensors")
     expected = {item.name for item in fields(Graph)} - {"header"}
     if set(columns) != expected:

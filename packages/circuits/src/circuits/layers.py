@@ -7,8 +7,8 @@ attention pattern A, neuron coefficients p and q) are held at their observed val
     neurons:    a = p (W_g c x + b_g) + q (W_u c x + b_u)
     MLP write:  x + c_post * (W_d a + b_d)
 
-The transposed steps act on cotangents g (B K T D: K targets an example) and are plain products: no autograd, any number
-of targets at once, the module of the user's model never touched (paper section 3; digest 3.1).
+The transposed steps act on cotangents g (B K T D: K targets an example) and are plain products: no autograd, any
+number of targets at once, the module of the user's model never touched (paper section 3; digest 3.1).
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
 """Freeze one forward pass of any supported model into a linear network (paper section 3, RelP; digest 1.4 and 3.1).
 
 1. One ordinary forward pass with captures; the model is neither changed nor differentiated.
-2. Per block: norm scales from the streams they read, attention patterns rebuilt from captured queries and keys with the
-   model's own rotary embedding, scale, mask and soft cap, neuron coefficients from the pre-activations by the rules.
+2. Per block: norm scales from the streams they read, attention patterns rebuilt from captured queries and keys with
+   the model's own rotary embedding, scale, mask and soft cap, neuron coefficients from the pre-activations by the
+   rules.
 3. `check` replays every frozen component on what it read and compares it with what the model computed; a model whose
    structure differs from the table is refused by the name of the part that fails.
 
@@ -28,23 +29,37 @@ if TYPE_CHECKING:
     from shared.tokens import TokenBatch
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-BLOCK_SITES = ("input", "attn_norm", "q", "k", "heads", "attn_out", "mlp_norm", "gate", "up", "neurons", "mlp_out")
+BLOCK_SITES = (
+    "input",
+    "attn_norm",
+    "q",
+    "k",
+    "heads",
+    "attn_out",
+    "mlp_norm",
+    "gate",
+    "up",
+    "neurons",
+    "mlp_out",
+)
 
 
 class LinearizeError(UserError):
     """A frozen component does not reproduce the model; the message names it."""
 
 
-def linearize(model: "Model", batch: "TokenBatch", rules: Rules | None = None, checked: bool = True) -> FrozenNetwork:
+def linearize(
+    model: "Model", batch: "TokenBatch", rules: Rules | None = None, checked: bool = True
+) -> FrozenNetwork:
     """Run the model once on the batch and return its frozen network; raises LinearizeError where it does not close."""
     architecture = model.architecture
     kinds = [kind for kind in BLOCK_SITES if kind in architecture.block_sites()]
     sites = [f"blocks.{layer}.{kind}" for layer in range(architecture.n_layers) for kind in kinds]
     last = f"blocks.{architecture.n_layers - 1}.output"
-    with torch.no_grad(), capture(model, ["embed", *sites, last, "final_norm"]) as acts:
+    with torch.no_grad(), capture(model, ["embed", *sites, last, "final_norm"]) as seen:
         logits_BTV = model(batch)
     padding_BT1 = ~batch.attention_mask_BT.bool()[..., None]
-    acts = {site: _working(x).masked_fill(padding_BT1, 0.0) for site, x in acts.items()}
+    acts = {site: _working(x).masked_fill(padding_BT1, 0.0) for site, x in seen.items()}
     rules = rules or Rules()
     with torch.no_grad():
         blocks = tuple(_block(model, batch, acts, layer, rules) for layer in range(architecture.n_layers))
@@ -102,7 +117,9 @@ def _norm(view: "NormView | None", x_BTD: Tensor, y_BTD: Tensor) -> FrozenNorm:
     return FrozenNorm(torch.where(agrees_BTD, observed_BTD, formula_BTD), shift_D, centred)
 
 
-def _block(model: "Model", batch: "TokenBatch", acts: dict[str, Tensor], layer: int, rules: Rules) -> FrozenBlock:
+def _block(
+    model: "Model", batch: "TokenBatch", acts: dict[str, Tensor], layer: int, rules: Rules
+) -> FrozenBlock:
     view, at = model.architecture.block(layer), f"blocks.{layer}."
     weights = _weights(view)
     input_BTD, attn_BTD = acts[at + "input"], acts[at + "attn_out"]
@@ -133,7 +150,9 @@ def _weights(view: "BlockView") -> BlockWeights:
     return BlockWeights(*(_working(getattr(view, name)) for name in names))
 
 
-def _attention(model: "Model", batch: "TokenBatch", view: "BlockView", q_BTX: Tensor, k_BTX: Tensor) -> FrozenAttention:
+def _attention(
+    model: "Model", batch: "TokenBatch", view: "BlockView", q_BTX: Tensor, k_BTX: Tensor
+) -> FrozenAttention:
     """Rotate queries and keys as the model does, and say which positions may look at which."""
     query_BHTd, key_BGTd = _rotated(model, batch, view.layer, q_BTX, k_BTX)
     # The pattern is what the model computed: sdpa has no soft cap and leaves it out, eager attention (but for GPT-2)
@@ -150,7 +169,9 @@ def _attention(model: "Model", batch: "TokenBatch", view: "BlockView", q_BTX: Te
     )
 
 
-def _rotated(model: "Model", batch: "TokenBatch", layer: int, q_BTX: Tensor, k_BTX: Tensor) -> tuple[Tensor, Tensor]:
+def _rotated(
+    model: "Model", batch: "TokenBatch", layer: int, q_BTX: Tensor, k_BTX: Tensor
+) -> tuple[Tensor, Tensor]:
     architecture, hf = model.architecture, model.hf
     pair = []
     for x_BTX, path in ((q_BTX, architecture.row.q_norm), (k_BTX, architecture.row.k_norm)):
@@ -183,7 +204,7 @@ def _allowed(batch: "TokenBatch", window: int | None) -> Bool[Tensor, "B T T"]:
 
 
 def check(model: "Model", network: FrozenNetwork, acts: dict[str, Tensor]) -> None:
-    """Compare every frozen component with what the model computed at real positions; LinearizeError names the first miss."""
+    """Compare every frozen component with the model at real positions; LinearizeError names the first miss."""
     tolerance = TOLERANCE[model.dtype]
     for layer, block in enumerate(network.blocks):
         at = f"blocks.{layer}."
@@ -212,7 +233,8 @@ def _compare(name: str, mine: Tensor, theirs: Tensor, real_BT: Tensor, tolerance
     scale = theirs[real_BT].abs().max().clamp_min(torch.finfo(theirs.dtype).tiny)
     if not difference <= tolerance * scale:
         raise LinearizeError(
-            f"the frozen network does not reproduce {name}: off by {float(difference / scale):.1e} of its largest value "
-            f"(allowed {tolerance:.0e}). This model computes something its family's row in shared.architecture does not "
-            "state (another attention implementation, an adapter, an active edit?); remove it or trace another model."
+            f"the frozen network does not reproduce {name}: off by {float(difference / scale):.1e} of its largest "
+            f"value (allowed {tolerance:.0e}). This model computes something its family's row in shared.architecture "
+            "does not state (another attention implementation, an adapter, an active edit?); "
+            "remove it or trace another model."
         )

@@ -1,8 +1,8 @@
 """What a circuit explains: one or more linear read-outs of the logits at chosen positions (paper section 3.1).
 
-A metric holds, for each example, K targets: weights over the vocabulary and the position they read. A logit difference
-has two non-zero weights; a demeaned logit subtracts 1/V everywhere, which makes it independent of the free constant that
-logits have. `Metric.value` is differentiable, so that every estimator shares one definition.
+A metric holds, for each example, K targets: weights over the vocabulary and the position they read. A logit
+difference has two non-zero weights; a demeaned logit subtracts 1/V everywhere, which makes it independent of the free
+constant that logits have. `Metric.value` is differentiable, so that every estimator shares one definition.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,9 @@ def token_logits(
 ) -> Metric:
     """Return the logits of K tokens an example, less the mean logit where `demean` (shift-invariant)."""
     if len({len(row) for row in tokens}) != 1:
-        raise MetricError("every example needs the same number of target tokens; pad the shorter lists or split")
+        raise MetricError(
+            "every example needs the same number of target tokens; pad the shorter lists or split"
+        )
     ids_BK = torch.tensor([list(row) for row in tokens], device=logits_BTV.device)
     weights_BKV = torch.nn.functional.one_hot(ids_BK, logits_BTV.shape[-1]).to(logits_BTV.dtype)
     if demean:

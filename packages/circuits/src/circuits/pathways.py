@@ -1,8 +1,8 @@
 """Run a model with only some of its neurons clean: the pathway of a node set C (paper section 3.2; digest 1.3).
 
-`m(C)` runs the prompt while every node outside C is set to its reference value, layer by layer inside one forward pass,
-so that kept nodes still react to what was ablated before them. The reference is zero, a mean over counterfactual prompts
-for each position, or another run's activations (resampling).
+`m(C)` runs the prompt while every node outside C is set to its reference value, layer by layer inside one forward
+pass, so that kept nodes still react to what was ablated before them. The reference is zero, a mean over
+counterfactual prompts for each position, or another run's activations (resampling).
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,9 @@ def mean_reference(model: "Model", batch: "TokenBatch") -> Float[Tensor, "1 L T 
     """Return every neuron's mean over the batch at each position; all rows must have the same length."""
     lengths = sorted(set(batch.attention_mask_BT.sum(-1).tolist()))
     if len(lengths) > 1:
-        raise UserError(f"a mean for each position needs prompts of one length, got lengths {lengths}: group them first")
+        raise UserError(
+            f"a mean for each position needs prompts of one length, got lengths {lengths}: group them first"
+        )
     return neuron_activations(model, batch).mean(0, keepdim=True)
 
 

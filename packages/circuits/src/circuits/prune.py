@@ -1,8 +1,8 @@
 """Which nodes and edges a graph keeps, and how much of the whole they carry (digest 1.7).
 
 Nodes are ranked by absolute total effect summed over targets; a threshold is relative to |m| (its absolute value: a
-negative metric must not keep everything). Edges are ranked by the share of the targets' value that passes through them,
-|direct(s -> t)| * |total(t)| / |a_t|, an absolute quantity: relative weights cancel and have no bounded size.
+negative metric must not keep everything). Edges are ranked by the share of the targets' value that passes through
+them, |direct(s -> t)| * |total(t)| / |a_t|, an absolute quantity: relative weights cancel and have no bounded size.
 `influence_keep` offers circuit-tracer's pruning by cumulative influence on the same matrices.
 """
 

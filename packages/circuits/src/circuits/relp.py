@@ -1,8 +1,8 @@
 """RelP node sensitivities of every neuron, and the ledger that makes the sum close (paper section 3, Appendix B).
 
 One backward sweep of the frozen network gives, for each target, the total effect of one unit of every neuron, and the
-relevance of every source: embeddings, position embeddings, and biases as nodes of their own. Their sum is the target's
-value exactly (digest I1); `Ledger.error` says by how much it is missed.
+relevance of every source: embeddings, position embeddings, and biases as nodes of their own. Their sum is the
+target's value exactly (digest I1); `Ledger.error` says by how much it is missed.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,10 @@ class Ledger:
 
     def _parts(self) -> list[Float[Tensor, "B K S"]]:
         tokens = [self.embed_BKT, self.position_BKT]
-        return [*tokens, *(x.flatten(2) for x in (self.attn_bias_BKLT, self.neuron_bias_BKLT, self.mlp_bias_BKLT))]
+        return [
+            *tokens,
+            *(x.flatten(2) for x in (self.attn_bias_BKLT, self.neuron_bias_BKLT, self.mlp_bias_BKLT)),
+        ]
 
     def total(self) -> Float[Tensor, "B K"]:
         """Return the sum over all sources, which conservation makes equal to the value."""
@@ -45,7 +48,9 @@ class Ledger:
 
     def error(self) -> float:
         """Return the worst conservation error: |total - value| relative to the larger of |value| and the mass."""
-        scale_BK = torch.maximum(self.value_BK.abs(), self.mass()).clamp_min(torch.finfo(self.value_BK.dtype).tiny)
+        scale_BK = torch.maximum(self.value_BK.abs(), self.mass()).clamp_min(
+            torch.finfo(self.value_BK.dtype).tiny
+        )
         return float(((self.total() - self.value_BK).abs() / scale_BK).max())
 
 

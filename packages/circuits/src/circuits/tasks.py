@@ -4,8 +4,8 @@ A pair is a clean prompt, its counterfactual, and the answer right for each. `co
 explicit checks: both answers are single tokens in this context, clean and counterfactual have equal lengths, and one
 batch holds one length (the most frequent; ties go to the shorter), because references are means for each position.
 
-User files are JSON lines with the columns clean_prefix, patch_prefix, clean_answer, patch_answer, case. Public SVA files
-repeat rows between train and test: `deduplicate`, and `split_by_subject` keeps all forms of a noun on one side.
+User files are JSON lines with the columns clean_prefix, patch_prefix, clean_answer, patch_answer, case. Public SVA
+files repeat rows between train and test: `deduplicate`, and `split_by_subject` keeps all forms of a noun on one side.
 """
 
 from collections import Counter
@@ -71,7 +71,9 @@ def read_pairs(path: Path | str) -> list[Pair]:
 
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} does not exist; expected JSON lines with the columns {', '.join(SvaRow.__annotations__)}")
+        raise DataError(
+            f"{path} does not exist; expected JSON lines with the columns {', '.join(SvaRow.__annotations__)}"
+        )
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -109,12 +111,14 @@ def answer_token(tokenizer: Any, answer: str) -> int:
     ids = tokenizer.encode(answer, add_special_tokens=False)
     if len(ids) != 1:
         pieces = tokenizer.convert_ids_to_tokens(ids)
-        raise TaskError(f"the answer {answer!r} is {len(ids)} tokens ({pieces}), it must be one; choose another answer")
+        raise TaskError(
+            f"the answer {answer!r} is {len(ids)} tokens ({pieces}), it must be one; choose another answer"
+        )
     return int(ids[0])
 
 
 def collate(model: "Model", pairs: Sequence[Pair], length: int | None = None) -> PairBatch:
-    """Return the pairs of one length (in tokens; by default the most frequent) as batches; others are counted as dropped.
+    """Return the pairs of one length (in tokens; by default the most frequent) as batches, and how many were dropped.
 
     Pairs whose two prompts differ in length are dropped too; an answer that is not one token is an error.
     """

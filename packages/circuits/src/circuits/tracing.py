@@ -3,7 +3,8 @@
 1. `pose` runs the model once and freezes it; the metric's targets are the answer's logits (or the top logits).
 2. RelP gives the total effect of every neuron on every target, and the conservation error, which must be small.
 3. Neurons above the threshold become nodes; embeddings, biases and targets are nodes always.
-4. One sweep gives all direct effects among them; the strongest become edges, the rest goes into each target's remainder.
+4. One sweep gives all direct effects among them; the strongest become edges, the rest goes into each target's
+   remainder.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution import Problem, pose
+from circuits.describe import describe
 from circuits.edges import DirectEffects, Neurons, direct_effects
 from circuits.graph import ATTN_BIAS, EMBEDDING, LOGIT, MLP_BIAS, NEURON, POSITION, Graph, Header
 from circuits.linearize import TOLERANCE, LinearizeError
@@ -26,7 +28,7 @@ from circuits.tasks import answer_token
 
 if TYPE_CHECKING:
     from shared.models import Model
-    from shared.tokens import Message, TokenBatch
+    from shared.tokens import Message
 
 
 def trace(
@@ -85,15 +87,16 @@ def trace_problem(
     builder = _Builder(neurons, acts_LTN, metric, relevance, effects)
     header = _header(problem, row, metric, relevance, target_names)
     settings = {"threshold": threshold, "max_nodes": max_nodes, "max_edges": max_edges}
-    return builder.build(header, settings, nodes.mass_kept, max_edges)
+    notes = describe(network, neurons, problem.model.tokenizer)
+    return builder.build(header, settings, notes, nodes.mass_kept, max_edges)
 
 
 def _check_conservation(problem: Problem, relevance: Relevance) -> None:
     error, allowed = relevance.ledger.error(), TOLERANCE[problem.model.dtype]
     if problem.network.rules == Rules() and not error <= allowed:
         raise LinearizeError(
-            f"relevance is not conserved: the sum over all sources misses the metric by {error:.1e} (allowed {allowed:.0e}). "
-            "Run the model in float32, and without adapters or active edits."
+            f"relevance is not conserved: the sum over all sources misses the metric by {error:.1e} (allowed "
+            f"{allowed:.0e}). Run the model in float32, and without adapters or active edits."
         )
 
 
@@ -112,21 +115,33 @@ class _Builder:
         self.parts: list[tuple[Tensor, ...]] = []
         self.blocks: list[Tensor] = []
 
-    def build(self, header: Header, settings: dict, node_mass: float, max_edges: int) -> Graph:
+    def build(
+        self, header: Header, settings: dict, notes: list[str], node_mass: float, max_edges: int
+    ) -> Graph:
         """Return the graph with its strongest edges; everything else flows into the remainders."""
         self._sources()
         n_before = sum(len(part[0]) for part in self.parts)
-        self._add(NEURON, self.neurons.layer_n, self.neurons.position_n, self.neurons.index_n, self.activation_n, self.total_nK)
+        self._add(
+            NEURON,
+            self.neurons.layer_n,
+            self.neurons.position_n,
+            self.neurons.index_n,
+            self.activation_n,
+            self.total_nK,
+        )
         self.blocks.append(self.effects.neuron_Sn)
         weight_Ss = torch.cat(self.blocks, dim=1)
         self._targets()
-        kind_n, layer_n, position_n, index_n, activation_n, total_nK = (torch.cat(column) for column in zip(*self.parts, strict=True))
+        kind_n, layer_n, position_n, index_n, activation_n, total_nK = (
+            torch.cat(column) for column in zip(*self.parts, strict=True)
+        )
         edges = select_edges(self._strength(weight_Ss), max_edges)
         target_S, source_e = edges.mask.nonzero().T
         remainder_n = torch.zeros_like(activation_n)
         remainder_n[n_before:] = self.effects.inflow() - weight_Ss.masked_fill(~edges.mask, 0.0).sum(1)
         kept = asdict(header) | {
             "settings": settings,
+            "notes": {str(n_before + node): note for node, note in enumerate(notes)},
             "node_mass_kept": node_mass,
             "edge_mass_kept": edges.mass_kept,
         }
@@ -146,7 +161,9 @@ class _Builder:
 
     def _strength(self, weight_Ss: Tensor) -> Float[Tensor, "S s"]:
         """Return the share of the targets' value through each edge: |direct| times the target's effect per unit."""
-        unit_n = self.total_nK.abs().sum(1) / self.activation_n.abs().clamp_min(torch.finfo(weight_Ss.dtype).tiny)
+        unit_n = self.total_nK.abs().sum(1) / self.activation_n.abs().clamp_min(
+            torch.finfo(weight_Ss.dtype).tiny
+        )
         unit_S = torch.cat([unit_n, torch.ones_like(self.effects.value_S[len(unit_n) :])])
         return weight_Ss.abs() * unit_S[:, None]
 
@@ -166,7 +183,14 @@ class _Builder:
         ):
             for layer in range(self.n_layers):
                 if effect_SLT[:, layer].any():
-                    self._add(kind, torch.full_like(steps_T, layer), steps_T, steps_T, zero_T, total_BKLT[0, :, layer].T)
+                    self._add(
+                        kind,
+                        torch.full_like(steps_T, layer),
+                        steps_T,
+                        steps_T,
+                        zero_T,
+                        total_BKLT[0, :, layer].T,
+                    )
                     self.blocks.append(effect_SLT[:, layer])
 
     def _targets(self) -> None:
@@ -175,7 +199,15 @@ class _Builder:
         layer_K = torch.full_like(index_K, self.n_layers)
         self._add(LOGIT, layer_K, self.metric.positions_BK[0], index_K, values_K, torch.diag(values_K))
 
-    def _add(self, kind: int, layer_n: Tensor, position_n: Tensor, index_n: Tensor, value_n: Tensor, total_nK: Tensor) -> None:
+    def _add(
+        self,
+        kind: int,
+        layer_n: Tensor,
+        position_n: Tensor,
+        index_n: Tensor,
+        value_n: Tensor,
+        total_nK: Tensor,
+    ) -> None:
         self.parts.append((torch.full_like(layer_n, kind), layer_n, position_n, index_n, value_n, total_nK))
 
 

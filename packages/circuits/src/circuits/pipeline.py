@@ -1,0 +1,205 @@
+"""The circuit_tracing pipeline: pairs to scores, faithfulness, a graph with its page, and answers changed by ablation.
+
+For each task: (1) pairs of the training and the test split; (2) node scores by every estimator on training pairs;
+(3) faithfulness and completeness against the number of neurons on test pairs; (4) the graph of one test prompt, its
+direct edges and its page; (5) the top neurons ablated, beside as many random ones.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from circuits.attribution import ESTIMATORS, top_nodes
+from circuits.chart import draw_curves
+from circuits.faithfulness import CurvePoint
+from circuits.graph import Graph, load_graph
+from circuits.steering import answer, changed_answers, matched_random, nodes_of, replace_nodes, side_effect
+from circuits.study import Study, conservation_error, held_out_curve, make_study, mean_scores, pose_pairs
+from circuits.tasks import TASKS, deduplicate, read_pairs, split_by_subject, task_pairs
+from circuits.tracing import trace_problem
+from circuits.view import write_page
+from shared.models import ModelConfig, load
+from shared.runs import Pipeline, Run
+from shared.tinyworld.tasks import Pair
+
+
+@dataclass
+class CircuitTracingConfig:
+    """Settings of circuit_tracing.
+
+    `tasks`: names (simple, nounpp, rc, within_rc, capitals) or paths of JSON-lines files with the columns clean_prefix,
+    patch_prefix, clean_answer, patch_answer, case. `reference`: what ablated neurons are set to. `ablate`: how many of
+    the top RelP neurons are ablated in the last step.
+    """
+
+    tasks: list[str] = field(default_factory=lambda: ["nounpp", "capitals"])
+    train_pairs: int = 96
+    test_pairs: int = 64
+    estimators: list[str] = field(default_factory=lambda: ["relp", "atp", "random"])
+    sizes: list[int] = field(default_factory=lambda: [5, 10, 20, 50, 100, 200, 500, 1000])
+    reference: Literal["mean", "zero"] = "mean"
+    threshold: float = 0.005
+    max_nodes: int = 300
+    max_edges: int = 2000
+    ablate: int = 50
+    examples: int = 6
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.estimators if name not in ESTIMATORS]
+        if unknown or "relp" not in self.estimators:
+            raise ValueError(
+                f"estimators must include relp and be among {', '.join(ESTIMATORS)}; got {self.estimators}"
+            )
+
+
+def load_pairs(task: str, config: CircuitTracingConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Return training and test pairs of a task; a user's file is deduplicated and split by subject."""
+    if task in TASKS:
+        train, test = (
+            task_pairs(task, split, n, seed)
+            for split, n in (("train", config.train_pairs), ("test", config.test_pairs))
+        )
+        return deduplicate(train), deduplicate(test)
+    parts = split_by_subject(deduplicate(read_pairs(task)), {"train": 0.7, "test": 0.3}, seed)
+    return parts["train"][: config.train_pairs], parts["test"][: config.test_pairs]
+
+
+def run(config: CircuitTracingConfig, model_config: ModelConfig, run: Run) -> dict[str, Any]:
+    """Run the pipeline and return its metrics."""
+    pairs = {task: load_pairs(task, config, run.seed) for task in config.tasks}
+    model = run.use_model(load(model_config))
+    run.report.text(
+        "# Circuit tracing\n\nNode scores are fixed on training pairs, every figure is on held-out test pairs."
+    )
+    metrics: dict[str, Any] = {"conservation_error": 0.0}
+    names = {task: task if task in TASKS else task.rsplit("/", 1)[-1].split(".")[0] for task in config.tasks}
+    for task in run.progress(config.tasks, "tasks"):
+        study = make_study(model, names[task], *pairs[task], config.reference)
+        result = run_task(study, config, run)
+        metrics["conservation_error"] = max(metrics["conservation_error"], result.pop("conservation_error"))
+        for key, value in result.items():
+            metrics.setdefault(key, {})[names[task]] = value
+    return metrics
+
+
+def run_task(study: Study, config: CircuitTracingConfig, run: Run) -> dict[str, Any]:
+    """Score, judge, trace and ablate one task; returns its metrics and adds its part of the report."""
+    scores = score_stage(study, config, run)
+    graph = graph_stage(study, config, run)
+    points = {name: held_out_curve(study, scores[name], config.sizes) for name in config.estimators}
+    ablation, rows = ablate_top(study, scores["relp"], config, run.seed)
+    metrics = {
+        "conservation_error": max(float(scores["conservation_error"]), graph.header.conservation_error),
+        "accuracy": float((next(iter(points.values()))[0].full_B > 0).double().mean()),
+        "pairs": {"train": len(study.train), "test": len(study.test), "length": study.length},
+        "faithfulness": _by_size(points, "faithfulness"),
+        "completeness": _by_size(points, "completeness"),
+        "intervals": {kind: _intervals(points, kind) for kind in ("faithfulness", "completeness")},
+        "edges": graph.n_edges,
+        "nodes": len(graph),
+        "edge_closure_error": graph.closure_error(),
+        "mass_kept": {"nodes": graph.header.node_mass_kept, "edges": graph.header.edge_mass_kept},
+        "ablation": ablation,
+    }
+    _report(study, points, rows, graph, metrics, config, run)
+    return metrics
+
+
+def score_stage(study: Study, config: CircuitTracingConfig, run: Run) -> dict[str, Tensor]:
+    """Return every estimator's mean scores (L T N) on the training pairs, from the run folder where they are done."""
+    from safetensors.torch import load_file, save_file
+
+    stage = run.stage(f"scores_{study.name}.safetensors")
+    if not stage.done:
+        problem = pose_pairs(study, study.train)
+        scores = {name: mean_scores(problem, name, run.seed).contiguous() for name in config.estimators}
+        scores["conservation_error"] = torch.tensor(conservation_error(problem), dtype=torch.float64)
+        with stage as path:
+            save_file({name: tensor.cpu() for name, tensor in scores.items()}, path)
+    return {name: tensor.to(study.model.device) for name, tensor in load_file(stage.path).items()}
+
+
+def graph_stage(study: Study, config: CircuitTracingConfig, run: Run) -> Graph:
+    """Trace the first test prompt that the model answers rightly; write graph and page into the run folder."""
+    stage = run.stage(f"graph_{study.name}")
+    if not stage.done:
+        right = (answer(study.model, study.test).difference_B > 0).int()
+        problem, row = pose_pairs(study, study.test), int(right.argmax())
+        pair = study.test.pairs[row]
+        names = [f"{pair.answer.strip()} over {pair.wrong.strip()}"]
+        limits = {"threshold": config.threshold, "max_nodes": config.max_nodes, "max_edges": config.max_edges}
+        with stage as path:
+            graph = trace_problem(problem, row, names, **limits)  # type: ignore[arg-type]
+            write_page(graph, graph.save(path) / "index.html", title=f"{study.name}: {pair.clean} ...")
+    return load_graph(stage.path)
+
+
+def ablate_top(
+    study: Study, scores_LTN: Tensor, config: CircuitTracingConfig, seed: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Set the top neurons, and as many random ones, to the reference; returns figures, and rows to show."""
+    top = nodes_of(top_nodes(scores_LTN, config.ablate))
+    rest = matched_random(top, study.model.architecture.n_neurons, seed)
+    reference_LTN = study.reference_BLTN[0].expand(scores_LTN.shape)
+    edits = {"ablated": replace_nodes(top, reference_LTN), "random": replace_nodes(rest, reference_LTN)}
+    before = answer(study.model, study.test)
+    figures: dict[str, Any] = {
+        "neurons": len(top),
+        "model": {"accuracy": before.accuracy(), "logit_difference": float(before.difference_B.mean())},
+    }
+    for name, interventions in edits.items():
+        after = answer(study.model, study.test, interventions)
+        changed = [a != b for a, b in zip(before.top_B, after.top_B, strict=True)]
+        figures[name] = {
+            "accuracy": after.accuracy(),
+            "logit_difference": float(after.difference_B.mean()),
+            "answers_changed": sum(changed) / len(changed),
+            "kl_on_counterfactuals": side_effect(study.model, study.test.corrupt, interventions),
+        }
+    rows = changed_answers(study.model, study.test, edits, config.examples)
+    figures["examples"] = rows
+    return figures, rows
+
+
+def _by_size(points: dict[str, list[CurvePoint]], kind: str) -> dict[str, dict[str, float]]:
+    return {name: {str(p.size): getattr(p, kind)().estimate for p in curve} for name, curve in points.items()}
+
+
+def _intervals(points: dict[str, list[CurvePoint]], kind: str) -> dict[str, dict[str, list[float]]]:
+    return {
+        name: {str(p.size): list(getattr(p, kind)()[1:]) for p in curve} for name, curve in points.items()
+    }
+
+
+def _report(
+    study: Study,
+    points: dict[str, list[CurvePoint]],
+    rows: list[dict[str, Any]],
+    graph: Graph,
+    metrics: dict[str, Any],
+    config: CircuitTracingConfig,
+    run: Run,
+) -> None:
+    size, kept = metrics["pairs"], metrics["mass_kept"]
+    run.report.text(
+        f"## {study.name}\n\n{size['train']} training and {size['test']} test pairs of {size['length']} tokens; the "
+        f"model prefers the right answer on {metrics['accuracy']:.1%} of the test pairs. Relevance is conserved to "
+        f"{metrics['conservation_error']:.1e} of the metric."
+    )
+    run.report.figure(
+        draw_curves(points), "Faithfulness (1 is ideal) and completeness (0 is ideal) with 95 % intervals."
+    )
+    run.report.text(
+        f"The graph of one test prompt, `{graph.header.prompt}`: {len(graph)} nodes and {graph.n_edges} direct edges, "
+        f"keeping {kept['nodes']:.0%} of the neurons' absolute effect and {kept['edges']:.0%} of the edges'."
+    )
+    run.report.html(f'<p><a href="graph_{study.name}/index.html">Open the graph</a></p>')
+    run.report.table(
+        rows,
+        f"The top {config.ablate} neurons (layer, position, index) set to their reference, and random ones.",
+    )
+
+
+PIPELINE = Pipeline("circuit_tracing", CircuitTracingConfig, run)
