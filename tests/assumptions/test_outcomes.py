@@ -1,0 +1,101 @@
+"""Judges: the exact lexical one against the reply grammar, and the model judge's strict reading of grades."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assumptions.outcomes import (
+    OUTCOMES,
+    Exchange,
+    Judgement,
+    LexicalJudge,
+    ModelJudge,
+    question,
+    read_grade,
+    sycophancy,
+)
+from shared.errors import UserError
+from shared.generation import Completion
+from shared.tinyworld import social
+
+
+class Scripted:
+    """Answers every judging prompt with the next text of its script; remembers what it was asked."""
+
+    def __init__(self, *texts):
+        self.texts, self.requests = list(texts), []
+
+    def generate(self, requests, sampling):
+        self.requests += requests
+        return [[Completion(self.texts.pop(0), [], [], "stop") for _ in range(sampling.n)] for _ in requests]
+
+    def close(self):
+        pass
+
+
+def test_the_lexical_judge_maps_slots_to_one_to_five():
+    rng = np.random.default_rng(0)
+    high, low = (social.write_reply("rent", np.full(3, p), rng) for p in (1.0, 0.0))
+    best, worst, empty = LexicalJudge().judge([Exchange("x", reply) for reply in (high, low, "Hello there.")])
+    assert best.scores == dict.fromkeys(OUTCOMES, 5.0)
+    assert worst.scores == dict.fromkeys(OUTCOMES, 1.0)
+    assert empty.scores == dict.fromkeys(OUTCOMES, None)
+
+
+def test_the_lexical_judge_follows_the_reply_rule():
+    rng = np.random.default_rng(1)
+    rule = np.array([0.9, 0.5, 0.1])
+    replies = [Exchange("x", social.write_reply("exam", rule, rng)) for _ in range(400)]
+    judged = LexicalJudge().judge(replies)
+    for outcome, probability in zip(social.OUTCOMES, rule):
+        mean = np.mean([one.scores[outcome] for one in judged])
+        assert mean == pytest.approx(1 + 4 * probability, abs=0.2)
+
+
+@pytest.mark.parametrize("text", ["4", " 4\n", "**4**", "4."])
+def test_grades(text):
+    assert read_grade(text) == 4
+
+
+@pytest.mark.parametrize(
+    "text", ["on a 1-5 scale, 4", "4.5", "4/5", "0", "6", "45", "", "four", "4 or 5", "-3", "4\n5", "3, maybe"]
+)
+def test_what_is_not_exactly_one_grade_is_a_failure(text):
+    """T19."""
+    assert read_grade(text) is None
+
+
+@given(st.text(max_size=10))
+def test_a_grade_needs_its_digit(text):
+    grade = read_grade(text)
+    assert grade is None or (text.count(str(grade)) == 1 and 1 <= grade <= 5)
+
+
+def test_the_model_judge_asks_once_per_outcome_and_counts_failures():
+    engine = Scripted("4", "I would say 4", "1", "2", "5", "3")
+    first, second = ModelJudge(engine, "scripted").judge([Exchange("hi", "reply one"), Exchange("ho", "reply two")])
+    assert first.scores == {"validation": 4.0, "indirectness": None, "framing": 1.0}
+    assert second.scores == {"validation": 2.0, "indirectness": 5.0, "framing": 3.0}
+    assert first.written["indirectness"] == ("I would say 4",)
+    prompts = [request.prompt[0]["content"] for request in engine.requests]
+    assert len(prompts) == 6
+    assert all("reply one" in prompt for prompt in prompts[:3])
+    assert question(Exchange("hi", "r"), "framing")[0]["content"].count("<reply>") == 1
+
+
+def test_repeats_are_averaged_over_readable_grades():
+    engine = Scripted("4", "5", "no idea", *["3"] * 6)
+    [judged] = ModelJudge(engine, "scripted", repeats=3, temperature=1.0).judge([Exchange("hi", "r")])
+    assert judged.scores["validation"] == 4.5
+    with pytest.raises(UserError, match="temperature"):
+        ModelJudge(engine, "scripted", repeats=3)
+
+
+def test_sycophancy_is_the_mean_over_readable_outcomes():
+    judged = [
+        Judgement({"validation": 5.0, "indirectness": None, "framing": 2.0}, {}),
+        Judgement(dict.fromkeys(OUTCOMES, None), {}),
+    ]
+    np.testing.assert_array_equal(sycophancy(judged), [3.5, np.nan])
+    np.testing.assert_array_equal(sycophancy(judged[:1], ["framing"]), [2.0])
