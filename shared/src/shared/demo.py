@@ -9,7 +9,7 @@ go to runs/demo/summary.json. A pipeline that fails ends the demo with the end o
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -29,7 +29,7 @@ class Part(NamedTuple):
     pipeline: str
     title: str
     owed: tuple[str, ...]
-    lines: tuple[tuple[str, str], ...]  # text, metric; a metric that is a mapping is shown on one line
+    lines: tuple[tuple[str, str], ...]  # text, dotted metric; `*` stands for every key
 
 
 PARTS = (
@@ -52,7 +52,7 @@ PARTS = (
         (
             ("conservation error of the attribution", "conservation_error"),
             ("faithfulness by number of neurons", "faithfulness"),
-            ("completeness by number of neurons", "completeness"),
+            ("accuracy, model and with the top neurons ablated", "ablation.*.*.accuracy"),
         ),
     ),
     Part(
@@ -97,26 +97,48 @@ def owed_metrics(part: Part, metrics: Mapping[str, Any]) -> list[str]:
     return [name for name in part.owed if not any(f"{key}.".startswith(f"{name}.") for key in given)]
 
 
-def shown(value: Any) -> str:
-    """A metric on one line: mappings as `key value` pairs, small numbers with four significant digits."""
-    if isinstance(value, Mapping):
-        return "  ".join(f"{key} {shown(item)}" for key, item in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def pick(value: Any, path: Sequence[str]) -> Any:
+    """What lies at a path, `*` keeping a level of keys; None where there is nothing."""
+    if not path or not isinstance(value, Mapping):
+        return None if path else value
+    if path[0] != "*":
+        return pick(value.get(path[0]), path[1:])
+    below = {key: pick(item, path[1:]) for key, item in value.items()}
+    return {key: item for key, item in below.items() if item is not None} or None
+
+
+def rows(text: str, value: Any) -> Iterator[tuple[str, str]]:
+    """A metric as lines of text and figures: one line for each innermost mapping."""
+    if not isinstance(value, Mapping):
+        yield text, _figure(value)
+    elif any(isinstance(item, Mapping) for item in value.values()):
+        for key, item in value.items():
+            yield from rows(f"{text}, {key}", item)
+    else:
+        yield text, "   ".join(f"[dim]{key}[/] {_figure(item)}" for key, item in value.items())
+
+
+def _figure(value: Any) -> str:
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """Print the figures and the paths of the reports."""
     for part in PARTS:
-        table = Table(title=part.title, title_justify="left", show_header=False, box=None, pad_edge=False)
-        table.add_column(style="dim", no_wrap=True)
+        table = Table(title=part.title, title_justify="left", title_style="bold", show_header=False, box=None)
+        table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        for text, name in part.lines:
-            if name in summary[part.key]:
-                table.add_row(text, shown(summary[part.key][name]))
+        for text, metric in part.lines:
+            for line in rows(text, pick(summary[part.key], metric.split("."))):
+                table.add_row(*line)
         table.add_row("report", str(FOLDER / part.pipeline / "report.html"))
         console.print()
         console.print(table, highlight=False)
-    console.print(f"\n{summary['seconds']:.0f} s in all; every figure: {FOLDER / 'summary.json'}")
+    console.print(
+        f"\n{summary['seconds']:.0f} s in all; every figure: {FOLDER / 'summary.json'}", highlight=False
+    )
 
 
 def main() -> None:
