@@ -48,13 +48,13 @@ sweep: setup ## runs side by side and one table: PIPELINE=circuit_tracing LAUNCH
 	@$(PY) -m shared.collect $(SWEEP)
 
 bench: setup ## every benchmark in benchmarks/, results in benchmarks/results
-	@for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; $(PY) $$file $(ARGS) || exit 1; done
+	@for file in $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))); do echo "== $$file"; $(PY) $$file $(ARGS) || exit 1; done
 
 tinyworld: setup ## train the embedded model again from its seeded generator
 	@$(PY) -m shared.tinyworld.train $(ARGS)
 
 test: setup ## all tests (ARGS= goes to pytest)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: setup ## format, lint and types
 	@$(PY) -m ruff format --check || { echo "check: run 'make format'" >&2; exit 1; }
