@@ -31,7 +31,8 @@ from shared.tokens import pad
 if TYPE_CHECKING:
     from shared.models import Model
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+# Norms and eager attention's softmax compute in float32 also inside a float64 model.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 5e-2
 _TOKENS = 6
 
