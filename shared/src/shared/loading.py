@@ -29,7 +29,7 @@ def load_hf(config: ModelConfig) -> tuple[Any, Any, Path | None]:
         hf = hf.to(dtype=_dtype(config), device=_device(config))
         _set_attention(hf, config.attn_implementation)
         return hf, tokenizer, None
-    path = _local_path(config)
+    path = local_path(config)
     source = str(path) if path else config.name
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     hf_config = _fetch(config, "AutoConfig", source, common)
@@ -63,7 +63,8 @@ def wrap(hf: Any, tokenizer: Any) -> Any:
     return TokenModel(hf, task="text-generation", tokenizer=tokenizer)
 
 
-def _local_path(config: ModelConfig) -> Path | None:
+def local_path(config: ModelConfig) -> Path | None:
+    """Local folder that a config names, or None for a hub id; UserError when there should be one and is not."""
     if config.name == "tinyworld":
         from shared.tinyworld import MODEL_DIR
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shared.errors import UserError
 from shared.generation.json_grammar import json_grammar
 from shared.generation.requests import Completion, Draw, Sampling
-from shared.loading import RANDOM
-from shared.loading import _local_path as local_path
+from shared.loading import RANDOM, local_path
 from shared.models import ModelConfig, load
 
 if TYPE_CHECKING:
