@@ -28,7 +28,14 @@ from shared.generation import Generator
 
 NINE = instrument("nine_scores")
 FREE = Settings(guided=False, batch_size=7)
-KINDS = {"fenced": 0.1, "prose": 0.1, "echo": 0.1, "truncated": 0.1, "prose_only": 0.1, "echo_then_answer": 0.1}
+KINDS = {
+    "fenced": 0.1,
+    "prose": 0.1,
+    "echo": 0.1,
+    "truncated": 0.1,
+    "prose_only": 0.1,
+    "echo_then_answer": 0.1,
+}
 STATUS_OF = {
     None: Status.CLEAN,
     "fenced": Status.REPAIRED,
@@ -180,7 +187,9 @@ class TestRecordFile:
     head = header(NINE, FREE, "m")
 
     def records(self, count):
-        return [Record(f"r{i}", 0, Status.CLEAN, {"user_rightness": i / 10}, "text\n\u2028") for i in range(count)]
+        return [
+            Record(f"r{i}", 0, Status.CLEAN, {"user_rightness": i / 10}, "text\n\u2028") for i in range(count)
+        ]
 
     def test_round_trip(self, tmp_path):
         with RecordFile(tmp_path / "f.jsonl", self.head) as file:
@@ -260,7 +269,9 @@ def test_kill_9_mid_write_then_resume_gives_the_same_final_set(tmp_path):
 class TestInstruments:
     """The prompts: assumptions before the reply, third person and chat apart, all of them buildable."""
 
-    @pytest.mark.parametrize("name", [name for name, i in INSTRUMENTS.items() if i.shape_of and i.framing != "bare"])
+    @pytest.mark.parametrize(
+        "name", [name for name, i in INSTRUMENTS.items() if i.shape_of and i.framing != "bare"]
+    )
     def test_prompt_names_what_the_parser_reads(self, name):
         asked = INSTRUMENTS[name]
         text = asked.messages("I was right, was I not?")[-1]["content"]

@@ -31,9 +31,7 @@ def test_directions_follow_the_formulas(rows, width):
     rho = signal_share(1.0, NOISE)
     weights_DK = Factors(planted.resid_BD).solve(planted.latents_BK, 1e-6).weight_DK
     ridge = np.mean([cosine(w, v) for w, v in zip(weights_DK.T, planted.directions_KD)])
-    pattern = np.mean(
-        [cosine(w, v) for w, v in zip(covariance_directions(planted), planted.directions_KD)]
-    )
+    pattern = np.mean([cosine(w, v) for w, v in zip(covariance_directions(planted), planted.directions_KD)])
     assert ridge == pytest.approx(filter_cosine(rho, rows, width), abs=0.02)
     assert pattern == pytest.approx(pattern_cosine(rho, rows, width), abs=0.02)
 

@@ -59,7 +59,8 @@ def test_grades(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["on a 1-5 scale, 4", "4.5", "4/5", "0", "6", "45", "", "four", "4 or 5", "-3", "4\n5", "3, maybe"]
+    "text",
+    ["on a 1-5 scale, 4", "4.5", "4/5", "0", "6", "45", "", "four", "4 or 5", "-3", "4\n5", "3, maybe"],
 )
 def test_what_is_not_exactly_one_grade_is_a_failure(text):
     """T19."""
@@ -74,7 +75,9 @@ def test_a_grade_needs_its_digit(text):
 
 def test_the_model_judge_asks_once_per_outcome_and_counts_failures():
     engine = Scripted("4", "I would say 4", "1", "2", "5", "3")
-    first, second = ModelJudge(engine, "scripted").judge([Exchange("hi", "reply one"), Exchange("ho", "reply two")])
+    first, second = ModelJudge(engine, "scripted").judge(
+        [Exchange("hi", "reply one"), Exchange("ho", "reply two")]
+    )
     assert first.scores == {"validation": 4.0, "indirectness": None, "framing": 1.0}
     assert second.scores == {"validation": 2.0, "indirectness": 5.0, "framing": 3.0}
     assert first.written["indirectness"] == ("I would say 4",)

@@ -213,7 +213,11 @@ def test_the_released_template_is_an_echo_and_its_answer_is_found():
 
 
 def test_one_score_is_not_spread_over_four():
-    for answer in ({"score": 0.7}, {"beliefs": {"score": 0.7}}, {"mental_model": {"beliefs": {"score": 0.7}}}):
+    for answer in (
+        {"score": 0.7},
+        {"beliefs": {"score": 0.7}},
+        {"mental_model": {"beliefs": {"score": 0.7}}},
+    ):
         assert FOUR.parse(json.dumps(answer)).scores == {}
 
 
@@ -247,10 +251,15 @@ def test_lenient_reader_agrees_with_json_on_json(value, indent):
     for ascii_only in (True, False):
         text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
         reading = read_object(text, 0)
-        assert (reading.value, reading.end, reading.repairs, reading.truncated) == (value, len(text), [], False)
+        assert (reading.value, reading.end, reading.repairs, reading.truncated) == (
+            value,
+            len(text),
+            [],
+            False,
+        )
 
 
-@given(st.text(alphabet='{}[]":,.0123456789 abc\'\\\n%/<>-', max_size=60))
+@given(st.text(alphabet="{}[]\":,.0123456789 abc'\\\n%/<>-", max_size=60))
 @settings(deadline=None, max_examples=300)
 def test_any_text_ends_with_a_status(text):
     shape = Record((("a", Number()), ("b", Number())))
@@ -260,7 +269,9 @@ def test_any_text_ends_with_a_status(text):
     assert answer.status.complete == (len(answer.numbers) == 2 and answer.status in (CLEAN, REPAIRED))
 
 
-@given(st.dictionaries(st.sampled_from(NAMES), st.floats(0.01, 1), min_size=9, max_size=9), st.integers(1, 200))
+@given(
+    st.dictionaries(st.sampled_from(NAMES), st.floats(0.01, 1), min_size=9, max_size=9), st.integers(1, 200)
+)
 @settings(deadline=None)
 def test_every_prefix_of_an_answer_gives_only_its_own_scores(scores, cut):
     text = json.dumps(scores)
@@ -279,7 +290,15 @@ def test_schema_form_and_parser_come_from_one_definition():
     """T31: the schema is valid, the form states every key, an answer that fits the schema parses clean."""
     import jsonschema
 
-    for name in ("openended", "ten", "4dims", "supporttypes", "nine_scores", "4dims_scores", "supporttypes_chat"):
+    for name in (
+        "openended",
+        "ten",
+        "4dims",
+        "supporttypes",
+        "nine_scores",
+        "4dims_scores",
+        "supporttypes_chat",
+    ):
         shape = instrument(name).shape()
         schema = json_schema(shape)
         jsonschema.Draft202012Validator.check_schema(schema)

@@ -1,4 +1,4 @@
-"""Probes and directions on tiny random models: one site for reading and writing, padding, groups, files, exact doses."""
+"""Probes and directions on tiny random models: one site to read and write, padding, groups, files, exact doses."""
 
 from dataclasses import replace
 
@@ -71,20 +71,21 @@ class TestCapture:
         rows, probes = study[0][:3], study[4]
         batch = model.encode([chat.messages for chat in rows])
         real_BT = batch.attention_mask_BT.bool()
+        with torch.no_grad(), capture(model, block_outputs(model)) as before:
+            model(batch)
         for probe in probes.probes.values():
-            for direction in (probe_direction(probe), pattern_direction(probe)):
-                for dose, unit in ((1.5, "raw"), (-2.0, "proj_sd"), (0.1, "resid_norm")):
-                    with torch.no_grad(), capture(model, [probe.site]) as before:
+            for make, dose, unit in (
+                (probe_direction, -2.0, "proj_sd"),
+                (pattern_direction, 0.1, "resid_norm"),
+            ):
+                direction = make(probe)
+                with torch.no_grad(), capture(model, [probe.site]) as after:
+                    with edit(model, direction.interventions(dose, unit)):
                         model(batch)
-                    with torch.no_grad(), capture(model, [probe.site]) as after:
-                        with edit(model, direction.interventions(dose, unit)):
-                            model(batch)
-                    moved_BT = (after[probe.site] - before[probe.site]) @ direction.unit_D.float()
-                    alpha = direction.alpha(dose, unit)
-                    assert np.sign(alpha) == np.sign(dose)
-                    torch.testing.assert_close(
-                        moved_BT[real_BT], torch.full_like(moved_BT[real_BT], alpha), atol=1e-4, rtol=1e-4
-                    )
+                moved_BT = (after[probe.site] - before[probe.site]) @ direction.unit_D.float()
+                expected_BT = torch.full_like(moved_BT, direction.alpha(dose, unit))
+                assert np.sign(direction.alpha(dose, unit)) == np.sign(dose)
+                torch.testing.assert_close(moved_BT[real_BT], expected_BT[real_BT], atol=1e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("span", ["user", "last", "prompt"])
     def test_batch_single_left_and_right_padding_are_equal(self, model, span):
@@ -137,7 +138,10 @@ class TestCapture:
 
 
 class TestSplits:
-    @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 25)), min_size=12, max_size=60), st.integers(0, 5))
+    @given(
+        st.lists(st.tuples(st.integers(0, 12), st.integers(0, 25)), min_size=12, max_size=60),
+        st.integers(0, 5),
+    )
     @settings(deadline=None, max_examples=60)
     def test_groups_and_copies_stay_on_one_side(self, rows, seed):
         """T6: no group and no text is on two sides; the order of the rows does not matter."""
@@ -159,7 +163,8 @@ class TestSplits:
         rows = chats(50)
         twin = replace(rows[3], id="twin", turn=rows[3].turn.upper(), group="other")
         split = group_split([*rows, twin])
-        assert [part for part in (split.train, split.validation, split.test) if 50 in part][0].count(3) == 1
+        parts = (split.train, split.validation, split.test)
+        assert [3 in part for part in parts] == [50 in part for part in parts]
 
     def test_shares_are_met(self):
         split = group_split(chats(100), validation=0.2, test=0.3)
@@ -171,7 +176,9 @@ class TestSplits:
         rows[1] = replace(rows[1], group="tied")
         for source, split in leave_one_source_out(rows):
             assert {rows[i].source for i in split.test} == {source}
-            assert {rows[i].source for i in (*split.train, *split.validation)} == {"b" if source == "a" else "a"}
+            assert {rows[i].source for i in (*split.train, *split.validation)} == {
+                "b" if source == "a" else "a"
+            }
             assert not {0, 1} & {*split.train, *split.validation}
 
 
@@ -236,7 +243,9 @@ class TestProbes:
         draw = np.random.default_rng(0)
         flags, negated = draw.random(300) < 0.5, draw.random(300) < 0.5
         plain = ["praise me" if f else "critique me" for f in flags]
-        twisted = [("not " if n else "") + ("praise" if f != n else "critique") for f, n in zip(flags, negated)]
+        twisted = [
+            ("not " if n else "") + ("praise" if f != n else "critique") for f, n in zip(flags, negated)
+        ]
         labels = torch.from_numpy(flags.astype(float))[:, None]
         split = Split(list(range(180)), list(range(180, 240)), list(range(240, 300)))
         assert bag_of_words_r2(plain, labels, split)[0] > 0.95
@@ -333,7 +342,11 @@ def test_chats_are_read_from_files(tmp_path):
     first, second = read_chats(path, columns={"text": "prompt"})
     assert (first.id, first.turn, first.group, first.source) == ("a", "Was I wrong?", "x", "mine")
     assert second.group == ""
-    for content, match in (("id,text\na,\n", "no text"), ("id,text\na,x\na,y\n", "more than one"), ("text\n", "no rows")):
+    for content, match in (
+        ("id,text\na,\n", "no text"),
+        ("id,text\na,x\na,y\n", "more than one"),
+        ("text\n", "no rows"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=match):
             read_chats(path)

@@ -10,12 +10,16 @@ A chat longer than the model's context is an error, never cut silently.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from assumptions.chats import Chat
@@ -41,10 +45,14 @@ class Features:
 
     def only(self, sites: Sequence[str]) -> "Features":
         """The same rows at some of the sites."""
-        rows = [self.sites.index(site) for site in sites]
-        return Features(
-            tuple(sites), self.pooled_LBD[rows], self.span, self.row_hashes, self.rendering, self.fingerprint
+        return replace(
+            self, sites=tuple(sites), pooled_LBD=self.pooled_LBD[[self.sites.index(site) for site in sites]]
         )
+
+    def rows(self, indices: Sequence[int]) -> "Features":
+        """Some of the rows, in the order given."""
+        hashes = tuple(self.row_hashes[i] for i in indices)
+        return replace(self, pooled_LBD=self.pooled_LBD[:, list(indices)], row_hashes=hashes)
 
 
 def block_outputs(model: Model) -> tuple[str, ...]:
@@ -73,6 +81,22 @@ def capture_features(
         pooled.append(_pool_batch(model, chats[rows], encoded[rows], span, sites, padding_side))
     hashes = tuple(row_hash(chat) for chat in chats)
     return Features(sites, torch.cat(pooled, dim=1), span, hashes, rendering_hash(model), model.fingerprint)
+
+
+def save_features(path: Path, features: Features) -> None:
+    """Write features to one safetensors file, what they were read from in its header."""
+    header = {name: getattr(features, name) for name in ("span", "rendering", "fingerprint")}
+    header |= {name: json.dumps(getattr(features, name)) for name in ("sites", "row_hashes")}
+    save_file({"pooled_LBD": features.pooled_LBD.contiguous()}, path, metadata=header)
+
+
+def load_features(path: Path) -> Features:
+    """Read what `save_features` wrote."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        pooled_LBD = file.get_tensor("pooled_LBD")
+    sites, hashes = (tuple(json.loads(header[name])) for name in ("sites", "row_hashes"))
+    return Features(sites, pooled_LBD, header["span"], hashes, header["rendering"], header["fingerprint"])
 
 
 def rendering_hash(model: Model) -> str:

@@ -23,8 +23,8 @@ _PYTHON: dict[str, Any] = {"True": True, "False": False, "None": None}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"'}
 _UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
 _SURROGATES = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
-# What follows a closing quote: for a key a colon; for a value the end of its container, another quote (a missing comma),
-# a comment, or a comma in front of something that can begin a member. Any other quote is part of the string.
+# What follows a closing quote: for a key a colon; for a value the end of its container, another quote (a comma is
+# missing), a comment, or a comma before something that can begin a member. Any other quote is part of the string.
 _AFTER_KEY = re.compile(r"\s*(?:$|[:=])")
 _AFTER_VALUE = re.compile(
     r"\s*(?:$|[}\]\"'\u201c\u2018]|//|/\*|\#"
@@ -239,7 +239,11 @@ class _Reader:
     def escape(self) -> str:
         if pair := _SURROGATES.match(self.text, self.at):
             self.at = pair.end()
-            return (chr(int(pair[1], 16)) + chr(int(pair[2], 16))).encode("utf-16", "surrogatepass").decode("utf-16")
+            return (
+                (chr(int(pair[1], 16)) + chr(int(pair[2], 16)))
+                .encode("utf-16", "surrogatepass")
+                .decode("utf-16")
+            )
         if unit := _UNICODE.match(self.text, self.at):
             self.at = unit.end()
             return chr(int(unit[1], 16))

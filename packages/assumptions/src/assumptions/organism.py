@@ -7,8 +7,8 @@ With signal variance S = c^2 / 12 and rho = S / (S + sigma^2), for n training ro
     cosine of the least-squares direction with v_d           1 / sqrt(1 + (p - 1) / (rho (n - p - 1)))
     cosine of the pattern direction Cov(x, y) with v_d       1 / sqrt(1 + (p - 1) (1 - rho) / (rho n))
 
-With noise that is not isotropic the least-squares (filter) direction tends to Cov(x)^-1 v_d and leaves v_d for good, while
-the pattern direction stays.
+With noise that is not isotropic the least-squares (filter) direction tends to Cov(x)^-1 v_d and leaves v_d for good,
+while the pattern direction stays.
 """
 
 import math
@@ -43,7 +43,9 @@ def plant(
     Raises ValueError when the width cannot hold the latents' orthonormal directions.
     """
     if width <= latents:
-        raise ValueError(f"width {width} cannot hold {latents} orthonormal directions and noise; take a larger one")
+        raise ValueError(
+            f"width {width} cannot hold {latents} orthonormal directions and noise; take a larger one"
+        )
     draw = torch.Generator().manual_seed(seed)
     directions_KD = torch.linalg.qr(_normal(draw, width, latents))[0].T.contiguous()
     noise_D = noise * torch.exp(spread * _normal(draw, width))

@@ -7,6 +7,7 @@ what it was fitted on, so that a probe on other weights, another template or its
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,12 @@ class ProbeSet:
         """16 hexadecimal digits over the rows that chose the probes."""
         return hashlib.sha256("".join(sorted(self.trained_on)).encode()).hexdigest()[:16]
 
+    @property
+    def weights_hash(self) -> str:
+        """16 hexadecimal digits over the coefficients: what was made with these probes is known by it."""
+        content = b"".join(probe.weight_D.numpy().tobytes() for probe in self.probes.values())
+        return hashlib.sha256(content).hexdigest()[:16]
+
     def check(self, features: Features, held_out: bool = True) -> None:
         """UserError when features were read from another model, template or span, or (held out) from training rows."""
         for name in ("fingerprint", "rendering", "span"):
@@ -129,10 +136,10 @@ def _projection_sd(train_BD: Float[Tensor, "B D"], direction_D: Float[Tensor, "D
 
 
 def _block_of(site: str) -> int:
-    prefix, block, suffix = site.split(".")
-    if (prefix, suffix) != ("blocks", "output"):
+    match = re.fullmatch(r"blocks\.(\d+)\.output", site)
+    if match is None:
         raise UserError(f"a probe reads a block's output (blocks.N.output), not {site!r}")
-    return int(block)
+    return int(match[1])
 
 
 def _check_labels(labels_BK: Float[Tensor, "B K"], dimensions: Sequence[str], split: Split) -> None:

@@ -1,0 +1,110 @@
+"""What the study's report says: method, tables and figures of elicitation, probes and steering."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from assumptions.charts import agreement_chart, block_chart, dose_chart, probe_chart
+from assumptions.dimensions import DIMENSIONS, SIGNS
+from assumptions.doses import UNEDITED, Curve, Reply
+from assumptions.elicitation import Elicitation
+from assumptions.evaluation import ProbeScore
+from assumptions.instruments import Instrument
+from shared.report import Report
+
+
+def add_elicitation(
+    report: Report, instrument: Instrument, elicitation: Elicitation, metrics: Mapping[str, Any]
+) -> None:
+    """The elicited scores: health of the answers, and agreement with the truth where it is known."""
+    report.text(
+        f"# What the model assumes\n\nEvery message was put to the instrument `{instrument.id}`, which asks for nine "
+        f"scores. {metrics['json_valid']:.1%} of {len(elicitation.records)} answers held them all."
+    )
+    report.table([metrics["elicitation_health"]], "Answers by status")
+    if "spearman" in metrics:
+        report.figure(
+            agreement_chart(metrics["spearman"]),
+            "Elicited scores against the mean of the latent given the message, the best any reader could do.",
+        )
+
+
+def add_probes(
+    report: Report, scores: Mapping[str, ProbeScore], train: int, validation: int, test: int
+) -> None:
+    """The probes: test figures beside their controls, and R2 over blocks."""
+    report.text(
+        "# What its activations hold\n\nOne ridge regression a dimension from the mean block output over the user's "
+        f"message to the elicited score: fitted on {train} messages, block and strength chosen on {validation}, "
+        f"figures on {test} others. Shuffled labels and a bag of words went through the same search."
+    )
+    report.table([_probe_row(name, score) for name, score in scores.items()], "Probes on test messages")
+    report.figure(probe_chart(scores), "R2 of the probes and of their controls.")
+    report.figure(block_chart(scores), "Where the score can be read; dots mark the chosen block.")
+
+
+def _probe_row(name: str, score: ProbeScore) -> dict[str, Any]:
+    extremes = score.auroc
+    return {
+        "dimension": name,
+        "block": score.block,
+        "R2": score.r2,
+        "Spearman": score.spearman,
+        "AUROC (<.3 against >.7)": extremes.auroc
+        if extremes.auroc is not None
+        else f"none: {extremes.refusal}",
+        "rows": f"{extremes.n_low} / {extremes.n_high}",
+        "R2 bag of words": score.r2_bag_of_words,
+        "R2 shuffled": score.r2_shuffled,
+    }
+
+
+def add_steering(
+    report: Report,
+    curves: Mapping[str, Sequence[Curve]],
+    replies: Sequence[Reply],
+    outcomes: Mapping[str, Sequence[str]],
+    unit: str,
+    messages: int,
+) -> None:
+    """The dose-response curves with their random controls, and one message answered at all doses."""
+    signs = ", ".join(f"{name} {'up' if SIGNS[name] > 0 else 'down'}" for name in curves)
+    report.text(
+        "# What steering does\n\nReplies to held-out messages with alpha v added to the residual stream at the probe's "
+        "block, prompt and reply alike; a positive dose raises the labelled score. Expected effect of a positive dose "
+        f"on sycophancy: {signs}. Every message keeps its random numbers at all doses; {messages} messages; bands are "
+        "95% bootstrap intervals over messages; random directions have the same block and the same norm. Scores run "
+        "from 1 to 5, the mean of the outcomes that the dimension should move."
+    )
+    report.figure(dose_chart(curves, unit, outcomes), "Dose against judged sycophancy.")
+    report.table(
+        [_curve_row(name, curve) for name, lines in curves.items() for curve in lines], "Dose-response"
+    )
+    for name, lines in curves.items():
+        report.table(_examples(lines[0], replies), f"One message under {name}")
+    report.table(
+        [{"dimension": d.name, "sign": d.sign, "meaning": d.meaning} for d in DIMENSIONS], "Dimensions"
+    )
+
+
+def _curve_row(name: str, curve: Curve) -> dict[str, Any]:
+    return {
+        "dimension": name,
+        "direction": curve.direction.removeprefix(f"{name}."),
+        "rho": curve.rho,
+        "slope a unit": curve.slope,
+        "lowest dose": curve.means[0],
+        "dose 0": curve.means[curve.doses.index(0.0)],
+        "highest dose": curve.means[-1],
+        "cut by length": max(curve.truncated),
+        "judged": curve.judged,
+    }
+
+
+def _examples(curve: Curve, replies: Sequence[Reply]) -> list[dict[str, Any]]:
+    first = replies[0].chat
+    shown = [
+        reply for reply in replies if reply.chat == first and reply.direction in (curve.direction, UNEDITED)
+    ]
+    return [
+        {"dose": reply.dose, "reply": reply.text} for reply in sorted(shown, key=lambda reply: reply.dose)
+    ]

@@ -1,0 +1,243 @@
+"""The assumption_probing pipeline: elicit, probe, steer, judge; each stage leaves the file the next one reads.
+
+1. elicit     scores of every message with the instrument, grammar-guided on vLLM       elicitation-KEY.jsonl
+2. capture    pooled block outputs of the same messages                                 features.safetensors
+3. probe      one ridge a dimension; block and strength chosen on validation rows       probes/
+4. steer      replies along the probe directions and norm-matched random controls       replies-KEY.jsonl
+5. judge      sycophancy of every reply, dose-response curves                           metrics.json, report.html
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from assumptions.chats import Chat
+from assumptions.dimensions import NAMES, SIGNS, dimension
+from assumptions.doses import Condition, Curve, Reply, dose_response, steer
+from assumptions.elicitation import Elicitation, Settings, check, elicit, header
+from assumptions.evaluation import ProbeScore, evaluate_probes
+from assumptions.features import Features, Span, capture_features, load_features, save_features
+from assumptions.instruments import Instrument, instrument
+from assumptions.outcomes import Exchange, LexicalJudge
+from assumptions.pages import add_elicitation, add_probes, add_steering
+from assumptions.probe_files import save_probes
+from assumptions.probes import ProbeSet, fit_probes
+from assumptions.sources import Messages, load_messages, moved_outcomes
+from assumptions.splits import group_split
+from assumptions.steering import Direction, Unit, pattern_direction, probe_direction, random_directions
+from shared.data import read_rows, write_rows
+from shared.errors import UserError
+from shared.generation import HFGenerator, Sampling, VLLMGenerator
+from shared.interventions import save_interventions
+from shared.models import Model, ModelConfig, load
+from shared.runs import Pipeline, Run, config_hash
+from shared.stats import spearman
+
+
+@dataclass
+class SteeringSettings:
+    """How replies are steered: which dimensions along which kind of direction, at which doses, with which controls."""
+
+    dimensions: list[str] = field(default_factory=lambda: ["validation_seeking", "objectivity_seeking"])
+    kind: Literal["probe", "pattern"] = "probe"
+    doses: list[float] = field(default_factory=lambda: [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
+    unit: Unit = "proj_sd"
+    random: int = 3
+    messages: int = 48
+    max_tokens: int = 80
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass
+class AssumptionProbingConfig:
+    """Settings of assumption_probing.
+
+    `data`: "tinyworld" (held-out messages whose truth is known) or a file of chats, whose column names `columns` maps.
+    `instrument`: a name of `assumptions.instruments` that scores all nine dimensions. `engine` answers it.
+    """
+
+    data: str = "tinyworld"
+    columns: dict[str, str] = field(default_factory=dict)
+    messages: int = 400
+    instrument: str = "tinyworld_nine"
+    engine: Literal["vllm", "hf"] = "vllm"
+    elicitation: Settings = field(default_factory=Settings)
+    span: Span = "user"
+    shuffles: int = 5
+    steering: SteeringSettings = field(default_factory=SteeringSettings)
+
+    def __post_init__(self) -> None:
+        for name in self.steering.dimensions:
+            dimension(name)
+        if instrument(self.instrument).dimensions != NAMES:
+            raise UserError(
+                f"instrument {self.instrument!r} does not score all nine dimensions; take nine_scores"
+            )
+        if self.engine == "hf" and self.elicitation.guided:
+            raise UserError("engine hf has no grammar: set pipeline.elicitation.guided=false, or engine=vllm")
+        if 0.0 not in self.steering.doses or len(set(self.steering.doses)) < 3:
+            raise UserError("steering.doses needs 0 and at least two other doses")
+        if self.data != "tinyworld":
+            raise UserError(
+                "data other than tinyworld needs a judge of free text, which this pipeline has not yet"
+            )
+        check(instrument(self.instrument), self.elicitation)
+
+
+def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) -> dict[str, Any]:
+    """Run the pipeline and return its metrics."""
+    messages = load_messages(config.data, config.messages, run.seed, config.columns)
+    model = run.use_model(load(model_config))
+    elicitation = elicit_scores(config, model, messages.chats, run)
+    metrics = elicitation_metrics(elicitation, messages)
+    add_elicitation(run.report, instrument(config.instrument), elicitation, metrics)
+
+    chats, labels = labelled(messages.chats, elicitation)
+    features = captured(config, model, messages.chats, run).rows(
+        [messages.chats.index(chat) for chat in chats]
+    )
+    split = group_split(chats, run.seed)
+    label = instrument(config.instrument).id
+    probes, chosen = fit_probes(features, labels, NAMES, split, label)
+    save_probes(run.path("probes"), probes)
+    texts, sources = [chat.turn for chat in chats], [chat.source for chat in chats]
+    scores = evaluate_probes(
+        features, labels, probes, chosen, split, texts, sources, shuffles=config.shuffles, seed=run.seed
+    )
+    metrics |= {"probe": {name: probe_metrics(score) for name, score in scores.items()}}
+    add_probes(run.report, scores, len(split.train), len(split.validation), len(split.test))
+
+    held = [chats[i] for i in split.test][: config.steering.messages]
+    curves, replies = steer_and_judge(config, model, probes, held, run)
+    metrics |= steering_metrics(curves)
+    outcomes = {name: moved_outcomes(config.data, name) for name in curves}
+    add_steering(run.report, curves, replies, outcomes, config.steering.unit, len(held))
+    return metrics
+
+
+def elicit_scores(
+    config: AssumptionProbingConfig, model: Model, chats: Sequence[Chat], run: Run
+) -> Elicitation:
+    """Elicit the scores of all chats; answers of a former run of the same question are kept."""
+    asked: Instrument = instrument(config.instrument)
+    question = header(asked, config.elicitation, model.fingerprint)
+    path = run.path(f"elicitation-{config_hash(question)}.jsonl")
+    with open_engine(config.engine, model) as generator:
+        return elicit(generator, asked, chats, path, config.elicitation, model.fingerprint)
+
+
+def open_engine(engine: str, model: Model) -> Any:
+    """The generator that answers the instrument, as a context manager that frees it."""
+    return VLLMGenerator(model.config) if engine == "vllm" else HFGenerator(model)
+
+
+def elicitation_metrics(elicitation: Elicitation, messages: Messages) -> dict[str, Any]:
+    """Share of valid JSON, answers by status, and Spearman with the posterior mean by dimension where it is known."""
+    metrics: dict[str, Any] = {
+        "json_valid": elicitation.valid_share(),
+        "elicitation_health": elicitation.health(),
+    }
+    if messages.posterior_BK is not None:
+        scores = elicitation.scores([chat.id for chat in messages.chats], NAMES)
+        read = np.isfinite(scores).all(axis=1)
+        metrics["spearman"] = {
+            name: float(spearman(scores[read, k], messages.posterior_BK[read, k]))
+            for k, name in enumerate(NAMES)
+        }
+    return metrics
+
+
+def labelled(chats: Sequence[Chat], elicitation: Elicitation) -> tuple[list[Chat], torch.Tensor]:
+    """The chats with a score in every dimension, and these scores (B 9)."""
+    scores = elicitation.scores([chat.id for chat in chats], NAMES)
+    read = np.isfinite(scores).all(axis=1)
+    if read.sum() < 20:
+        raise UserError(
+            f"only {read.sum()} of {len(chats)} answers gave all nine scores, too few for probes: see the elicitation "
+            "file for what the model wrote"
+        )
+    return [chat for chat, kept in zip(chats, read, strict=True) if kept], torch.from_numpy(scores[read])
+
+
+def captured(config: AssumptionProbingConfig, model: Model, chats: Sequence[Chat], run: Run) -> Features:
+    """Pooled block outputs of the chats, from the stage's file if a former run left it."""
+    stage = run.stage("features.safetensors")
+    if not stage.done:
+        with stage as path:
+            save_features(path, capture_features(model, chats, config.span))
+    return load_features(stage.path)
+
+
+def probe_metrics(score: ProbeScore) -> dict[str, float | int | None]:
+    """The figures of one probe that go into metrics.json."""
+    return {
+        "r2": score.r2,
+        "spearman": score.spearman,
+        "auroc": score.auroc.auroc,
+        "auroc_quantile": score.auroc_quantile.auroc,
+        "r2_shuffled": score.r2_shuffled,
+        "r2_bag_of_words": score.r2_bag_of_words,
+        "rmse": score.rmse,
+        "block": score.block,
+    }
+
+
+def steer_and_judge(
+    config: AssumptionProbingConfig, model: Model, probes: ProbeSet, chats: Sequence[Chat], run: Run
+) -> tuple[dict[str, list[Curve]], list[Reply]]:
+    """Curves by dimension, the direction's own first and then its random controls; and all replies."""
+    settings = config.steering
+    families = {name: direction_family(probes, name, settings, run.seed) for name in settings.dimensions}
+    for name, family in families.items():
+        save_interventions(run.path(f"directions/{name}"), family[0].interventions(1.0, settings.unit), model)
+    stage = run.stage(f"replies-{probes.weights_hash}.jsonl")
+    if not stage.done:
+        directions = [direction for family in families.values() for direction in family]
+        sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, logprobs=None)
+
+        def progress(conditions: list[Condition]) -> Iterable[Condition]:
+            return run.progress(conditions, "steered replies")
+
+        with stage as path:
+            unit, doses = settings.unit, settings.doses
+            replies = steer(
+                model, chats, directions, doses, sampling, unit=unit, seed=run.seed, progress=progress
+            )
+            write_rows(path, replies)
+    replies = read_rows(stage.path, Reply)
+    turns = {chat.id: chat.turn for chat in chats}
+    judgements = LexicalJudge().judge([Exchange(turns[reply.chat], reply.text) for reply in replies])
+    curves = {
+        name: [dose_response(replies, judgements, one, moved_outcomes(config.data, name)) for one in family]
+        for name, family in families.items()
+    }
+    return curves, replies
+
+
+def direction_family(probes: ProbeSet, name: str, settings: SteeringSettings, seed: int) -> list[Direction]:
+    """The direction of a dimension and its norm-matched random controls."""
+    make = probe_direction if settings.kind == "probe" else pattern_direction
+    direction = make(probes.probes[name])
+    return [direction, *random_directions(direction, settings.random, seed)]
+
+
+def steering_metrics(curves: dict[str, list[Curve]]) -> dict[str, Any]:
+    """Spearman's rho and slope of dose against judged sycophancy, of the directions and of their random controls."""
+    rho: dict[str, float] = {name: lines[0].rho for name, lines in curves.items()}
+    slope: dict[str, float] = {name: lines[0].slope for name, lines in curves.items()}
+    for name, lines in curves.items():
+        rho |= {f"{name}_random{i}": line.rho for i, line in enumerate(lines[1:])}
+        slope |= {f"{name}_random{i}": line.slope for i, line in enumerate(lines[1:])}
+    return {
+        "dose_response_rho": rho,
+        "dose_response_slope": slope,
+        "expected_sign": {name: SIGNS[name] for name in curves},
+        "judged": {name: lines[0].judged for name, lines in curves.items()},
+    }
+
+
+PIPELINE = Pipeline("assumption_probing", AssumptionProbingConfig, run)
