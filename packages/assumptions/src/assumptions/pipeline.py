@@ -46,7 +46,7 @@ class SteeringSettings:
     doses: list[float] = field(default_factory=lambda: [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
     unit: Unit = "proj_sd"
     random: int = 3
-    messages: int = 48
+    messages: int = 32
     max_tokens: int = 80
     temperature: float = 1.0
     top_p: float = 1.0
