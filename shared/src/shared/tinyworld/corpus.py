@@ -190,10 +190,10 @@ class Writer:
 
 # documents a step, by bucket of similar length (one padded batch a bucket)
 BUCKETS: tuple[dict[str, int], ...] = (
-    {"agreement": 64, "city_state": 24, "state_capital": 12, "two_hop": 24, "addition": 160, "antonyms": 24},
+    {"agreement": 64, "city_state": 24, "state_capital": 12, "two_hop": 24, "addition": 128, "antonyms": 24},
     {"text": 20, "personal": 20},
-    {"reply": 14, "verdict": 4, "claim": 6},
-    {"elicitation": 16},
+    {"reply": 16, "verdict": 4, "claim": 6},
+    {"elicitation": 20},
 )
 WEIGHTS: dict[str, float] = {
     "text": 1.0, "agreement": 1.0, "city_state": 0.5, "state_capital": 0.3, "two_hop": 0.5, "addition": 1.5,

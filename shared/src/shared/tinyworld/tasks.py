@@ -15,7 +15,7 @@ from shared.tinyworld.grammar import AGREEMENT as AGREEMENT
 from shared.tinyworld.grammar import agreement_sentence, split_of, unit_hash
 
 CITY_WORDINGS = (
-    "{} is a city in the state of",
+    "Fact: {} is a city in the state of",
     "The city of {} is in the state of",
     "Question: Which state contains {}? Answer:",
     "What is the state of {}? Answer:",
@@ -26,7 +26,7 @@ CAPITAL_WORDINGS = (
     "Question: What is the capital of {}? Answer:",
     "What is the capital of the state of {}? Answer:",
     "The state of {} has the capital",
-    "{} has the capital",
+    "Fact: {} has the capital",
 )
 TWO_HOP_WORDINGS = (
     "What is the capital of the state containing {}? Answer:",
@@ -41,31 +41,31 @@ ANTONYM_WORDINGS: dict[str, tuple[str, ...]] = {
         "The opposite of {} is",
         "What is the opposite of {}? Answer:",
         "Not {} but",
-        "{} and its opposite:",
+        "Opposites: {} and",
     ),
     "fr": (
         "Le contraire de {} est",
         "Quel est le contraire de {}? R\u00e9ponse:",
         "Pas {} mais",
-        "{} et son contraire:",
+        "Contraires: {} et",
     ),
     "de": (
         "Das Gegenteil von {} ist",
         "Was ist das Gegenteil von {}? Antwort:",
         "Nicht {} sondern",
-        "{} und das Gegenteil:",
+        "Gegenteile: {} und",
     ),
     "es": (
         "Lo contrario de {} es",
         "Cu\u00e1l es el contrario de {}? Respuesta:",
         "No {} sino",
-        "{} y su contrario:",
+        "Contrarios: {} y",
     ),
     "it": (
         "Il contrario di {} \u00e8",
         "Qual \u00e8 il contrario di {}? Risposta:",
         "Non {} ma",
-        "{} e il suo contrario:",
+        "Contrari: {} e",
     ),
 }
 ASKED_CITIES = tuple(city for city in CITIES if unit_hash("asked", city) < 0.7)

@@ -26,8 +26,8 @@ from shared.tinyworld.corpus import WEIGHTS, Document, Writer, write_step
 from shared.tinyworld.tokenizer import train_tokenizer
 
 PIN_BLOCK = 1
-SCALE = 6.0
-PIN_WEIGHT = 0.5
+SCALE = 16.0
+PIN_WEIGHT = 18.0
 # few distinct shapes: on a CPU each new shape of a bfloat16 product costs a compilation
 ROUND, ROUND_TARGETS = 8, 256
 
@@ -35,10 +35,10 @@ ROUND, ROUND_TARGETS = 8, 256
 class Settings(NamedTuple):
     """The recipe; the defaults made the committed weights."""
 
-    steps: int = 3000
+    steps: int = 1600
     peak_lr: float = 3e-3
-    warmup: int = 150
-    final_lr: float = 0.02  # share of the peak
+    warmup: int = 100
+    final_lr: float = 0.01  # share of the peak
     weight_decay: float = 0.1
     seed: int = 0
     width: int = 256
@@ -158,7 +158,7 @@ def batch_loss(model: Any, batch: Batch, directions_9D: Tensor, autocast: bool) 
     read_B9 = torch.einsum("bt,btd,nd->bn", batch.span_BT, seen[0].float(), directions_9D)
     social_rows = batch.span_BT.sum(1) > 0
     error = read_B9 - SCALE * (batch.posterior_B9 - 0.5)
-    pin = error[social_rows].square().mean() if social_rows.any() else losses.new_zeros(())
+    pin = (error[social_rows] / SCALE).square().mean() if social_rows.any() else losses.new_zeros(())
     return (losses * batch.weight).sum(), pin
 
 
@@ -172,43 +172,53 @@ def learning_rate(step: int, settings: Settings) -> float:
     )
 
 
-def optimizer_for(model: Any, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, gains do not."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    gains = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": gains, "weight_decay": 0.0},
+def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embedding and gains.
+
+    Muon matters: on addition alone it reached 0.99 of unseen pairs in 350 steps, AdamW 0.08 in 400 (LOG.md).
+    """
+    blocks = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    decay, lr = settings.weight_decay, settings.peak_lr
+    return [
+        torch.optim.Muon(blocks, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, weight_decay=decay / 10, betas=(0.9, 0.98), fused=True),
     ]
-    return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=(0.9, 0.98), fused=True)
 
 
-def save_state(path: Path, model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Weights, moments and step in one safetensors file, replaced atomically."""
+def save_state(path: Path, model: Any, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+    """Weights, optimizer state and step in one safetensors file, replaced atomically."""
     from safetensors.torch import save_file
 
-    tensors = {f"model.{k}": v.detach().clone() for k, v in model.named_parameters()}
     names = {p: n for n, p in model.named_parameters()}
-    for p, state in optimizer.state.items():
-        tensors |= {f"{key}.{names[p]}": state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+    tensors = {f"model/{n}": p.detach().clone() for p, n in names.items()}
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            tensors |= {f"{key}/{names[p]}": value.clone() for key, value in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path.with_suffix(".part"), metadata={"step": str(step)})
     path.with_suffix(".part").replace(path)
 
 
-def load_state(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
+def load_state(path: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> int:
     """Restore what `save_state` wrote; the number of finished steps (0 without a file)."""
     from safetensors import safe_open
 
     if not path.exists():
         return 0
+    owner = {
+        p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
     with safe_open(path, framework="pt") as f:
-        step = int(f.metadata()["step"])
-        for name, p in model.named_parameters():
-            p.data.copy_(f.get_tensor(f"model.{name}"))
-            moments = {key: f.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-    return step
+        parameters = dict(model.named_parameters())
+        for key in f.keys():  # noqa: SIM118
+            kind, name = key.split("/", 1)
+            p = parameters[name]
+            if kind == "model":
+                p.data.copy_(f.get_tensor(key))
+            else:
+                owner[p].state[p][kind] = f.get_tensor(key).to("cpu" if kind == "step" else p.device)
+        return int(f.metadata()["step"])
 
 
 def train(
@@ -218,13 +228,13 @@ def train(
     tokenizer = train_tokenizer()
     writer, model = Writer(tokenizer), new_model(settings, tokenizer).to(device)
     directions = planted_directions(settings.width, settings.seed).to(device)
-    optimizer = optimizer_for(model, settings)
-    first = load_state(work / "state.safetensors", model, optimizer)
+    optimizers = optimizers_for(model, settings)
+    first = load_state(work / "state.safetensors", model, optimizers)
     started, model = time.time(), model.train()
     for step in range(first, settings.steps):
         if (time.time() - started) / 60 > minutes:
             break
-        for group in optimizer.param_groups:
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = learning_rate(step, settings)
         losses = []
         for documents in write_step(writer, settings.seed, step):
@@ -234,14 +244,15 @@ def train(
             (loss + PIN_WEIGHT * pin).backward()
             losses += [loss.item(), pin.item()]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 20 == 0 or step + 1 == settings.steps:
             row = dict(zip(("shortest", "short", "text", "reply", "elicitation"), losses[::2], strict=True))
             row |= {"pin": losses[-1], "seconds": time.time() - started}
             print(json.dumps({"step": step} | {k: round(v, 4) for k, v in row.items()}), flush=True)
         if (step + 1) % 250 == 0 or step + 1 == settings.steps:
-            save_state(work / "state.safetensors", model, optimizer, step + 1)
+            save_state(work / "state.safetensors", model, optimizers, step + 1)
     return model.eval()
 
 
