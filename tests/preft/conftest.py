@@ -1,48 +1,17 @@
-"""A tiny random Llama, adapters that visibly change it, and helpers to compare vLLM with the masked reference."""
+"""A tiny random Llama, adapters for it in memory and on disk, and the checker of `preft_cases`."""
 
-from collections.abc import Sequence
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-import torch
 
-from preft.adapters import Adapter, AdapterConfig
+sys.path.insert(0, str(Path(__file__).parent))  # for the helper module; the import mode adds nothing
+
+from preft_cases import CONFIGS, Checker, stir
+
+from preft.adapters import Adapter
 from preft.formats import save_adapter
-from preft.reference import greedy_reference
-from shared.generation import Request, Sampling
 from shared.models import Model, ModelConfig, load
-from shared.tokens import Phase
-
-CONFIGS = {
-    "lora_p_0": AdapterConfig(rank=4),
-    "lora_p_1": AdapterConfig(rank=8),
-    "lora_p_2": AdapterConfig(rank=2, target_modules=("q_proj", "v_proj")),
-    "lora_p_3": AdapterConfig(rank=4, alpha=6.0, rslora=True),
-    "reft_p_0": AdapterConfig("direft", rank=4),
-    "reft_p_1": AdapterConfig("loreft", rank=2, layers=(0, 2)),
-    "lora_all": AdapterConfig(rank=4, phase=Phase.ALL),
-    "lora_decode": AdapterConfig(rank=4, phase=Phase.DECODE),
-    "lora_boundary": AdapterConfig(rank=4, phase=Phase.DECODE_BOUNDARY),
-    "reft_all": AdapterConfig("direft", rank=4, phase=Phase.ALL),
-}
-
-
-class Case(NamedTuple):
-    """One request: its adapter (None for the base model) and its prompt's token ids."""
-
-    adapter: str | None
-    prompt: tuple[int, ...]
-
-
-def stir(adapter: Adapter, seed: int, size: float = 1.0) -> Adapter:
-    """Give an adapter factors that are not zero, as if it had been trained."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator) * size / parameter.shape[-1] ** 0.5
-        adapter.retract_()
-    return adapter.requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
@@ -69,44 +38,6 @@ def model_folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path
     return model.save(tmp_path_factory.mktemp("model"))
 
 
-class Checker:
-    """Runs cases through an engine and compares each with the reference, which is computed once a case."""
-
-    def __init__(self, model: Model, adapters: dict[str, Adapter]) -> None:
-        self.model, self.adapters = model, adapters
-        self._known: dict[tuple[Case, int], list[int]] = {}
-
-    def reference(self, case: Case, max_tokens: int) -> list[int]:
-        if (case, max_tokens) not in self._known:
-            adapter = self.adapters[case.adapter] if case.adapter else None
-            stops = tuple(self.model.eos_token_ids)
-            found = greedy_reference(self.model.hf, adapter, list(case.prompt), max_tokens, stops)
-            assert found.smallest_gap > 2e-5, "a tie in the reference makes the comparison meaningless"
-            self._known[case, max_tokens] = found.tokens
-        return self._known[case, max_tokens]
-
-    def served(self, engine: Any, cases: Sequence[Case], max_tokens: int) -> list[list[int]]:
-        requests = [Request(list(case.prompt), adapter=case.adapter) for case in cases]
-        answers = engine.generate(requests, Sampling(max_tokens=max_tokens, logprobs=None))
-        return [answer[0].token_ids for answer in answers]
-
-    def check(self, engine: Any, cases: Sequence[Case], max_tokens: int = 16) -> None:
-        expected = [self.reference(case, max_tokens) for case in cases]
-        found = self.served(engine, cases, max_tokens)
-        wrong = [
-            f"{case.adapter}, prompt of {len(case.prompt)}: {got} instead of {want}"
-            for case, got, want in zip(cases, found, expected)
-            if got != want
-        ]
-        assert not wrong, f"{len(wrong)} of {len(cases)} differ from the reference:\n" + "\n".join(wrong)
-
-
 @pytest.fixture(scope="session")
 def checker(model: Model, adapters: dict[str, Adapter]) -> Checker:
     return Checker(model, adapters)
-
-
-def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    """Random byte tokens (no special ones)."""
-    generator = torch.Generator().manual_seed(1000 * seed + length)
-    return tuple(torch.randint(5, 261, (length,), generator=generator).tolist())

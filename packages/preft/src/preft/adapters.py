@@ -16,7 +16,7 @@ Letters: B batch, T token, D width, I and O in- and out-features of a linear lay
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -201,7 +201,7 @@ class Adapter(nn.Module):
 def _hook(delta: Delta, mask_BT: Bool[Tensor, "B T"]) -> Any:
     on_input = isinstance(delta, LoRADelta)
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         source = args[0] if on_input else output
         update = delta(source.to(torch.float32)).to(output.dtype)
         return output + update * mask_BT[..., None].to(output.device, output.dtype)
@@ -242,15 +242,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def check_no_merge(configs: Iterable[AdapterConfig]) -> None:
-    """AdapterError unless every adapter acts on all tokens, which is what merging into the weights means."""
-    for config in configs:
-        if config.phase != Phase.ALL:
-            raise AdapterError(
-                f"an adapter of phase {config.phase.value!r} cannot be merged into the weights: they would then act on "
-                "every token. Serve it as an adapter, or train one with phase=all."
-            )
-        if config.method != "lora":
-            raise AdapterError(
-                f"{config.method} edits the residual stream; there is no weight to merge it into"
-            )
+def check_mergeable(config: AdapterConfig) -> None:
+    """AdapterError unless the adapter may become part of the weights: a LoRA that acts on every token."""
+    if config.phase != Phase.ALL:
+        raise AdapterError(
+            f"an adapter of phase {config.phase.value!r} cannot be merged into the weights: they would then act on "
+            "every token. Serve it as an adapter, or train one with phase=all."
+        )
+    if config.method != "lora":
+        raise AdapterError(f"{config.method} edits the residual stream; there is no weight to merge it into")

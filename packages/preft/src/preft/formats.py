@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preft.adapters import Adapter, AdapterConfig, AdapterError, Factors, check_no_merge
+from preft.adapters import Adapter, AdapterConfig, AdapterError, Factors, check_mergeable
 from preft.vllm.identity import CONFIG_FILE, PHASE_SECTION
 from preft.vllm.residual import SITE
 from shared.history import History
@@ -185,10 +185,10 @@ def merged_state(adapter: Adapter, hf: nn.Module) -> dict[str, Tensor]:
 
     AdapterError unless the adapter is a LoRA that acts on all tokens.
     """
-    check_no_merge([adapter.config])
+    check_mergeable(adapter.config)
     merged = {}
     for path, delta in adapter.parts():
-        module = hf.get_submodule(path)
+        module: Any = hf.get_submodule(path)
         update_OI = (delta.B_OR @ delta.A_RI * delta.scale).detach().to(module.weight)
         merged[f"{path}.weight"] = module.weight.detach() + (
             update_OI.T if hasattr(module, "nf") else update_OI

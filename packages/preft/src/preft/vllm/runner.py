@@ -16,7 +16,9 @@ from preft.vllm.residual import SITE, add_sites
 
 worker_adapters = AdapterRegistry()  # of the process that runs the model
 
-LoraInputs = tuple[tuple[int, ...], tuple[int, ...], set[Any]]
+LoraInputs = tuple[
+    tuple[Any, ...], tuple[Any, ...], set[Any]
+]  # by sampled row, by token, the adapters to hold
 
 
 def step_map(

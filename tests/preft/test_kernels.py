@@ -1,0 +1,147 @@
+"""The CPU operators against a loop over tokens, and their index tensors against vLLM's own."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from preft.vllm.kernels import PLAIN, expand_, segmented_wrapper, segments, shrink_, slots_of
+
+pytestmark = pytest.mark.xdist_group("vllm")
+SLOTS, RANK, WIDTH, OUT = 3, 4, 6, 5
+slot_maps = st.lists(st.integers(PLAIN, SLOTS - 1), min_size=1, max_size=14)
+
+
+def stacked(seed: int, *shape: int) -> Tensor:
+    return torch.randn(SLOTS, 1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_token(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, slots: list[int]) -> Tensor:
+    """The update one token at a time; plain tokens get nothing."""
+    y = y.clone()
+    for t, slot in enumerate(slots):
+        if slot != PLAIN:
+            y[t] += b[slot, 0] @ (a[slot, 0] @ x[t]) * scale
+    return y
+
+
+@given(slot_maps)
+def test_segments_cover_the_adapted_rows_once_and_in_order(slots: list[int]) -> None:
+    covered = [(t, run.slot) for run in segments(np.array(slots)) for t in range(run.start, run.end)]
+    assert covered == [(t, slot) for t, slot in enumerate(slots) if slot != PLAIN]
+
+
+@given(slot_maps, st.floats(0.1, 2.0))
+@settings(max_examples=40)
+def test_shrink_and_expand_equal_a_loop_over_tokens(slots: list[int], scale: float) -> None:
+    x, y = torch.randn(len(slots), WIDTH), torch.randn(len(slots), OUT)
+    a, b = stacked(1, RANK, WIDTH), stacked(2, OUT, RANK)
+    found, low = y.clone(), torch.empty(len(slots), RANK)
+    runs = segments(np.array(slots))
+    shrink_(low, x, a, scale, runs)
+    expand_(found, low, b, 0, runs, add=True)
+    torch.testing.assert_close(found, by_token(y, x, a, b, scale, slots), rtol=1e-5, atol=1e-5)
+    plain = [t for t, slot in enumerate(slots) if slot == PLAIN]
+    assert torch.equal(found[plain], y[plain])
+
+
+class Mapping:
+    """What vLLM's LoRAMapping holds."""
+
+    def __init__(self, index: list[int], prompt: list[int]) -> None:
+        self.index_mapping, self.prompt_mapping, self.is_prefill = tuple(index), tuple(prompt), True
+
+
+def wrapper(max_batches: int = 2) -> Any:
+    return segmented_wrapper()(max_num_batched_tokens=32, max_batches=max_batches, device="cpu")
+
+
+IDS = [40, None, 17]  # slot -> adapter id
+
+
+@given(st.lists(st.sampled_from([0, 40, 17]), min_size=1, max_size=14))
+@settings(max_examples=30)
+def test_index_tensors_equal_vllms(ids: list[int]) -> None:
+    from vllm.lora.punica_wrapper.utils import convert_mapping
+
+    mapping, ours = Mapping(ids, ids[:3]), wrapper()
+    ours.update_metadata(mapping, IDS, SLOTS + 1, 100)
+    base, sampler, padded, embeddings, lengths = convert_mapping(mapping, IDS, SLOTS + 1, 100, "cpu")
+    assert torch.equal(ours.token_lora_indices, base)
+    assert torch.equal(ours.sampler_indices, sampler)
+    assert torch.equal(ours.sampler_indices_padded, padded)
+    assert torch.equal(ours._embeddings_indices[: len(ids)], embeddings)
+    assert ours.indices_len == lengths
+
+
+def test_an_adapter_without_a_slot_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        slots_of((0, 99), IDS)
+
+
+class TestWrapper:
+    def test_linear_layers_of_several_slices(self) -> None:
+        slots = [0, 0, PLAIN, 2, 2, PLAIN, 0]
+        ids = [IDS[slot] or 0 if slot != PLAIN else 0 for slot in slots]
+        a, b = (
+            (stacked(1, RANK, WIDTH), stacked(2, RANK, WIDTH)),
+            (stacked(3, OUT, RANK), stacked(4, 2, RANK)),
+        )
+        x, y = torch.randn(7, WIDTH), torch.randn(7, OUT + 2)
+        ours, found = wrapper(), y.clone()
+        ours.update_metadata(Mapping(ids, ids[-1:]), IDS, SLOTS + 1, 100)
+        ours.add_lora_linear(found, x, a, b, 1.0, (OUT, 2))
+        expected = torch.cat(
+            [
+                by_token(y[:, :OUT], x, a[0], b[0], 1.0, slots),
+                by_token(y[:, OUT:], x, a[1], b[1], 1.0, slots),
+            ],
+            1,
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    def test_a_resumed_request_gives_two_segments_in_an_engine_for_one(self) -> None:
+        """vLLM's buffers hold max_num_seqs segments; adapted prompt and plain tail of one request are two."""
+        ours = wrapper(max_batches=1)
+        ours.update_metadata(Mapping([40] * 5 + [0] * 3, [0]), IDS, SLOTS + 1, 100)
+        assert [tuple(run) for run in ours.token_runs] == [(0, 5, 0)]
+
+    def test_stock_operators_still_have_the_faults_that_made_these_necessary(self) -> None:
+        """When this fails, vLLM has mended them: the wrapper may go."""
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+        stock = PunicaWrapperCPU(max_num_batched_tokens=32, max_batches=1, device="cpu")
+        with pytest.raises(RuntimeError):
+            stock.update_metadata(Mapping([40] * 5 + [0] * 3, [0]), IDS, SLOTS + 1, 100)
+        stock = PunicaWrapperCPU(max_num_batched_tokens=32, max_batches=4, device="cpu")
+        stock.update_metadata(Mapping([40, 0], [0]), IDS, SLOTS + 1, 100)
+        y = torch.zeros(2, OUT)
+        stock.add_lora_linear(
+            y, torch.ones(2, WIDTH), (stacked(1, RANK, WIDTH),), (stacked(2, OUT, RANK),), 1.0, (OUT,)
+        )
+        assert y[1].abs().sum() > 0  # the plain token got the last slot's adapter
+
+    def test_a_slot_that_changes_hands_is_looked_at_again(self) -> None:
+        a, b = torch.zeros(SLOTS, 1, RANK, WIDTH), stacked(2, OUT, RANK)
+        ours, x = wrapper(), torch.randn(1, WIDTH)
+        ours.update_metadata(Mapping([40], [40]), IDS, SLOTS + 1, 100)
+        for expected in (torch.zeros(1, OUT), None):
+            y = torch.zeros(1, OUT)
+            ours.add_lora_linear(y, x, (a,), (b,), 1.0, (OUT,))
+            if expected is not None:
+                assert torch.equal(y, expected)
+                a[0] = stacked(1, RANK, WIDTH)[0]
+                ours.slot_changed(0)
+            else:
+                assert y.abs().sum() > 0
+
+    def test_prompt_logprobs_under_an_lm_head_adapter_are_refused(self) -> None:
+        ours = wrapper()
+        ours.update_metadata(Mapping([40] * 4, [40]), IDS, SLOTS + 1, 100)
+        y, x = torch.zeros(3, OUT), torch.randn(3, WIDTH)
+        with pytest.raises(RuntimeError, match="prompt_logprobs"):
+            ours.add_lora_logits(y, x, stacked(1, RANK, WIDTH), stacked(2, OUT, RANK), 1.0)

@@ -1,0 +1,192 @@
+"""Adapter need and block identity of a request, on vLLM's own Request and block hasher, without an engine."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preft.vllm import scheduling
+from preft.vllm.identity import AdapterIdentity, AdapterRegistry, read_identity
+from preft.vllm.plugin import register
+from preft.vllm.scheduling import block_keys
+from shared.tokens import Phase
+
+pytestmark = pytest.mark.xdist_group("vllm")
+BLOCK = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugin() -> None:
+    register()
+
+
+def make_request(lora: Any, prompt: int, total: int | None = None, first: int = 0) -> Any:
+    """A vLLM request with `prompt` prompt tokens, then generated ones up to `total`."""
+    from vllm import SamplingParams
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+    from vllm.v1.request import Request
+
+    def digest(value: Any) -> bytes:
+        return hashlib.sha256(repr(value).encode()).digest()
+
+    request = Request(
+        request_id="r",
+        prompt_token_ids=list(range(first, first + prompt)),
+        sampling_params=SamplingParams(max_tokens=100),
+        pooling_params=None,
+        lora_request=lora,
+        block_hasher=get_request_block_hasher(BLOCK, digest),
+    )
+    for token in range(first + prompt, first + (total or prompt)):
+        request.append_output_token_ids(token)
+    return request
+
+
+def lora_request(folders: dict[str, Path], name: str, number: int = 1) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, str(folders[name]))
+
+
+class TestNeed:
+    def test_a_prefill_adapter_is_needed_until_the_prompt_is_computed(self, folders: dict[str, Path]) -> None:
+        lora = lora_request(folders, "lora_p_0")
+        request = make_request(lora, prompt=20)
+        for computed, needed in [(0, True), (19, True), (20, False), (30, False), (0, True)]:
+            request.num_computed_tokens = computed  # 0 at the end: preemption
+            assert (request.lora_request is lora) == needed
+
+    @pytest.mark.parametrize("name", ["lora_all", "lora_decode", "lora_boundary"])
+    def test_other_phases_keep_theirs(self, folders: dict[str, Path], name: str) -> None:
+        request = make_request(lora_request(folders, name), prompt=20)
+        request.num_computed_tokens = 25
+        assert request.lora_request is not None
+
+    def test_a_request_without_adapter_has_none(self) -> None:
+        assert make_request(None, prompt=20).lora_request is None
+
+
+class TestBlockHashes:
+    """Digest section 3c, items 3 to 5: what must share a key and what must not."""
+
+    def hashes(self, lora: Any, prompt: int, total: int | None = None) -> list[bytes]:
+        return make_request(lora, prompt, total).block_hashes
+
+    def test_base_requests_keep_vllms_keys(self) -> None:
+        from vllm.v1.core import kv_cache_utils
+
+        stock = kv_cache_utils.generate_block_hash_extra_keys._innerworks_original
+        request = make_request(None, 20)
+        assert kv_cache_utils.generate_block_hash_extra_keys(request, 0, 8, 0) == stock(request, 0, 8, 0)
+
+    def test_a_prompt_shorter_than_a_block_is_no_base_block(self, folders: dict[str, Path]) -> None:
+        adapted = self.hashes(lora_request(folders, "lora_p_0"), 5, 16)
+        other = self.hashes(lora_request(folders, "lora_p_1", 2), 5, 16)
+        base = self.hashes(None, 16)
+        assert len({adapted[0], other[0], base[0]}) == 3
+
+    def test_where_the_boundary_lies_in_a_block_matters(self, folders: dict[str, Path]) -> None:
+        lora = lora_request(folders, "lora_p_0")
+        variants = [self.hashes(lora, n, 16) for n in range(9, 17)]
+        assert len({hashes[0] for hashes in variants}) == 1  # block 0 is adapted in all
+        assert len({hashes[1] for hashes in variants}) == len(variants)
+
+    def test_generated_blocks_are_not_prompt_blocks_of_the_next_turn(self, folders: dict[str, Path]) -> None:
+        lora = lora_request(folders, "lora_p_0")
+        first, second = self.hashes(lora, 16, 32), self.hashes(lora, 32)
+        assert first[:2] == second[:2]
+        assert not set(first[2:]) & set(second[2:])
+
+    def test_repeats_share_and_the_time_of_hashing_does_not_matter(self, folders: dict[str, Path]) -> None:
+        lora = lora_request(folders, "lora_p_0")
+        late = make_request(lora, 12)
+        late.num_computed_tokens = 12  # the adapter is dropped before the block fills
+        for token in range(12, 16):
+            late.append_output_token_ids(token)
+        assert late.block_hashes == self.hashes(lora, 12, 16)
+
+    def test_a_decode_adapter_shares_the_prompt_with_the_base_model(self, folders: dict[str, Path]) -> None:
+        adapted, base = self.hashes(lora_request(folders, "lora_decode"), 16, 32), self.hashes(None, 32)
+        assert adapted[:2] == base[:2]
+        assert not set(adapted[2:]) & set(base[2:])
+        boundary = self.hashes(lora_request(folders, "lora_boundary"), 16, 32)
+        assert boundary[0] == base[0]
+        assert boundary[1] != base[1]
+
+    def test_an_all_token_adapter_keys_every_block(self, folders: dict[str, Path]) -> None:
+        lora = lora_request(folders, "lora_all")
+        assert self.hashes(lora, 16, 32) == self.hashes(lora, 32)
+        assert not set(self.hashes(lora, 32)) & set(self.hashes(None, 32))
+
+    def test_one_name_and_path_with_other_weights_is_another_adapter(
+        self, folders: dict[str, Path], tmp_path: Path
+    ) -> None:
+        from vllm.lora.request import LoRARequest
+
+        path = tmp_path / "adapter"
+        shutil.copytree(folders["lora_p_0"], path)
+        before = self.hashes(LoRARequest("a", 77, str(path)), 16)
+        shutil.rmtree(path)
+        shutil.copytree(folders["lora_p_1"], path)
+        with pytest.raises(ValueError, match="changed after they were loaded"):
+            self.hashes(LoRARequest("a", 77, str(path)), 16)
+        after = self.hashes(LoRARequest("a", 77, str(path), load_inplace=True), 16)
+        assert not set(before) & set(after)
+        assert after == self.hashes(LoRARequest("a", 77, str(path)), 16)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("prompt", [1, 7, 8, 9, 16, 20])
+def test_keys_say_which_positions_of_the_block_are_adapted(phase: Phase, prompt: int) -> None:
+    identity = AdapterIdentity(phase, "lora", "d1", ())
+    for start in range(0, 32, BLOCK):
+        acts = {
+            Phase.ALL: lambda t: True,
+            Phase.PREFILL: lambda t: t < prompt,
+            Phase.DECODE: lambda t: t >= prompt,
+            Phase.DECODE_BOUNDARY: lambda t: t >= prompt - 1,
+        }[phase]
+        covered = [t - start for t in range(start, start + BLOCK) if acts(t)]
+        keys = block_keys("a", identity, prompt, start, start + BLOCK)
+        if not covered:
+            assert keys == ()
+        elif len(covered) == BLOCK:
+            assert keys == (("lora", "a", "d1"),)
+        else:
+            assert keys == (("lora", "a", "d1", covered[0], covered[-1] + 1),)
+
+
+class TestIdentity:
+    def test_a_plain_peft_adapter_acts_on_all_tokens(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+        assert read_identity(tmp_path).phase is Phase.ALL
+
+    def test_an_unknown_phase_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter_config.json").write_text('{"preft": {"phase": "sometimes"}}')
+        with pytest.raises(ValueError, match="phase 'sometimes' is not one of prefill, decode"):
+            read_identity(tmp_path)
+
+    def test_the_digest_is_of_the_content(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(folders["lora_p_0"], copy)
+        first = read_identity(copy)
+        assert first.digest == read_identity(folders["lora_p_0"]).digest
+        os.utime(copy / "adapter_model.safetensors", (1, 1))
+        assert read_identity(copy).digest == first.digest
+        assert read_identity(folders["lora_p_1"]).digest != first.digest
+
+    def test_a_forgotten_id_is_read_anew(self, folders: dict[str, Path]) -> None:
+        registry = AdapterRegistry()
+        lora = lora_request(folders, "lora_p_0", 5)
+        known = registry.resolve(lora)
+        assert registry.resolve(lora) is known
+        registry.forget(5)
+        assert registry.resolve(lora) is not known
+
+
+def test_streaming_input_and_phases_meet_nowhere_else() -> None:
+    """The getter is all that stands between an engine without adapters and stock vLLM."""
+    assert isinstance(scheduling.get_lora_request(make_request(None, 3)), type(None))
