@@ -172,7 +172,7 @@ def _content_regions(
     """Role and character range of every content in the rendered text."""
     marked = [Message(role=m["role"], content=_MARK.format(i)) for i, m in enumerate(messages)]
     skeleton = _render(tokenizer, marked, add_generation_prompt)
-    pieces = re.split(_MARK.format(r"(\d+)"), skeleton)
+    pieces = re.split(_MARK.format(r"(\d+)"), skeleton, flags=re.IGNORECASE)
     literals, order = pieces[0::2], [int(index) for index in pieces[1::2]]
     if sorted(order) != list(range(len(messages))):
         raise ChatTemplateError(

@@ -50,6 +50,8 @@ def generate(
     draws row i from its own generator seeded with `seed + i`, or with `seed[i]`, so rows do not depend on the batch.
     """
     _check(batch, max_new_tokens, temperature, top_p, seed)
+    if model.config.remote:
+        raise UserError("Generation runs in process only: load the model with remote=False.")
     batch = batch.to(model.device)
     stops = set(model.eos_token_ids if stop_token_ids is None else stop_token_ids)
     seeds = [seed + i for i in range(len(batch))] if isinstance(seed, int) else list(seed)
@@ -109,9 +111,12 @@ def _step(model: Model, batch: TokenBatch, cache: Any) -> Float[Tensor, "B V"]:
         generated_BT=None if batch.generated_BT is None else batch.generated_BT[:, seen:],
         labels_BT=None,
     )
+    # The unembedding of a long prompt is only needed where a hook looks at it.
+    hooked = {"final_norm", "logits"} & model.active.sites()
     output = run(
         model,
         fresh,
+        logits_to_keep=0 if hooked else 1,
         input_ids=fresh.input_ids_BT,
         attention_mask=batch.attention_mask_BT,
         position_ids=fresh.position_ids_BT,

@@ -3,7 +3,8 @@
 sha256 over the architecture part of the config and over every parameter (name, shape, values), values rounded to
 bfloat16 so that one checkpoint has one fingerprint whether it is loaded in float32 or in bfloat16. Models above
 `SAMPLED_ABOVE` parameters hash 4096 evenly spaced values of every tensor instead of all of them. Quantised weights are
-hashed as stored, so a quantised load has a fingerprint of its own.
+hashed as stored, so a quantised load has a fingerprint of its own. A remote model has no weights here: its config and
+parameter shapes identify it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SAMPLED_ABOVE = 300_000_000
 SAMPLES = 4096
@@ -28,9 +29,10 @@ def fingerprint(hf: Any) -> str:
     config = {key: value for key, value in hf.config.to_dict().items() if key not in _IGNORED}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     sampled = sum(parameter.numel() for parameter in hf.parameters()) > SAMPLED_ABOVE
-    for name, parameter in sorted(nn.Module.named_parameters(hf)):
+    for name, parameter in sorted(hf.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(_bytes(parameter.detach(), sampled))
+        if parameter.device.type != "meta":
+            digest.update(_bytes(parameter.detach(), sampled))
     return digest.hexdigest()[:16]
 
 

@@ -73,6 +73,11 @@ class ActiveHooks:
     captures: list[Activations] = field(default_factory=list)
     edits: list[list[Intervention]] = field(default_factory=list)
 
+    def sites(self) -> set[str]:
+        """All sites that are captured or edited."""
+        captured = {site for capture in self.captures for site in capture.sites}
+        return captured | {one.site for group in self.edits for one in group}
+
     def begin(self) -> None:
         """Start of a call: earlier captures are forgotten."""
         for capture in self.captures:
@@ -155,9 +160,9 @@ def run(model: Model, batch: TokenBatch, **inputs: Any) -> Any:
     `batch` describes the tokens of this pass (positions, prompt lengths), for the masks of the edits.
     """
     plan = make_plan(model.architecture, model.active, batch)
-    if not plan:
+    if not plan and not model.config.remote:
         return model.hf(**inputs)
-    kept, output = traced(model.lm, plan, inputs)
+    kept, output = traced(model.lm, plan, inputs, model.config.remote)
     for activations in model.active.captures:
         for site in activations.sites:
             activations.add(site, kept[_canonical(site)])
@@ -175,11 +180,16 @@ def forward_inputs(batch: TokenBatch) -> dict[str, Any]:
     }
 
 
-def traced(lm: Any, plan: Plan, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
-    """Run one nnsight trace that walks the plan; returns captured tensors by site, and the model's output."""
+def traced(
+    lm: Any, plan: Plan, inputs: dict[str, Any], remote: bool | str = False
+) -> tuple[dict[str, Tensor], Any]:
+    """Run one nnsight trace that walks the plan; returns captured tensors by site, and the model's output.
+
+    `remote` True sends the trace to NDIF; "local" goes through the same serialisation on this machine.
+    """
     import nnsight
 
-    with lm.trace(**inputs) as tracer:
+    with lm.trace(**inputs, **({"remote": remote} if remote else {})) as tracer:
         kept = nnsight.save(walk(lm, plan))
         output = nnsight.save(tracer.result)
     return kept, output

@@ -52,7 +52,12 @@ class Intervention:
     indices: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "phase", Phase(self.phase))
+        try:
+            object.__setattr__(self, "phase", Phase(self.phase))
+        except ValueError:
+            raise InterventionError(
+                f"{self.site}: unknown phase {self.phase!r}; phases are {', '.join(Phase)}."
+            ) from None
         for name in ("positions", "indices"):
             values = getattr(self, name)
             if values is not None:

@@ -48,6 +48,17 @@ def load_hf(config: ModelConfig) -> tuple[Any, Any, Path | None]:
 
 def wrap(hf: Any, tokenizer: Any) -> Any:
     """An nnsight model over the module itself: no copy, no download, inert outside a trace."""
+    return _token_model()(hf, task="text-generation", tokenizer=tokenizer)
+
+
+def load_remote(config: ModelConfig) -> Any:
+    """An nnsight model without weights (meta device) whose traces run on NDIF."""
+    source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    family_of(_fetch(config, "AutoConfig", config.name, source))
+    return _token_model()(config.name, task="text-generation", **source)
+
+
+def _token_model() -> Any:
     from nnsight.modeling.transformers import TransformersModel
 
     class TokenModel(TransformersModel):
@@ -60,7 +71,7 @@ def wrap(hf: Any, tokenizer: Any) -> Any:
         def _remoteable_class(self) -> type:
             return TransformersModel
 
-    return TokenModel(hf, task="text-generation", tokenizer=tokenizer)
+    return TokenModel
 
 
 def local_path(config: ModelConfig) -> Path | None:

@@ -62,6 +62,8 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the token ids go."""
+        if self.config.remote:
+            return torch.device("cpu")
         return self.hf.get_input_embeddings().weight.device
 
     @property
@@ -123,10 +125,13 @@ class Model:
 def load(config: ModelConfig | str) -> Model:
     """Load a model; `UserError` names the ways out when it cannot be had."""
     from shared.checks import check
-    from shared.loading import load_hf, wrap
+    from shared.loading import load_hf, load_remote, wrap
 
     config = ModelConfig(name=config) if isinstance(config, str) else config
     _check_config(config)
+    if config.remote:
+        lm = load_remote(config)
+        return Model(lm._module, lm, lm.tokenizer, Architecture(lm._module), config)
     hf, tokenizer, path = load_hf(config)
     hf.eval()
     model = Model(hf, wrap(hf, tokenizer), tokenizer, Architecture(hf), config, path)
@@ -139,3 +144,5 @@ def _check_config(config: ModelConfig) -> None:
         raise UserError(f"Unknown dtype {config.dtype!r}: use float32, bfloat16, float16 or auto.")
     if config.quantization not in (None, "4bit", "8bit"):
         raise UserError(f"Unknown quantization {config.quantization!r}: use 4bit, 8bit or null.")
+    if config.remote and (config.name == "tinyworld" or config.name.startswith("random:")):
+        raise UserError(f"remote=True needs a Hugging Face id that NDIF serves, not {config.name!r}.")

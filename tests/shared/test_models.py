@@ -1,0 +1,86 @@
+"""Loading: every way in, and one clear error for every way it can fail."""
+
+import pytest
+import torch
+
+from shared.architecture import FAMILIES
+from shared.errors import UserError
+from shared.hooks import capture, edit
+from shared.interventions import Scale
+from shared.models import ModelConfig, load
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_random_models_are_seeded_and_survive_saving(family, tmp_path):
+    model = load(ModelConfig(f"random:{family}", seed=3))
+    assert model.fingerprint == load(ModelConfig(f"random:{family}", seed=3)).fingerprint
+    assert model.fingerprint != load(ModelConfig(f"random:{family}", seed=4)).fingerprint
+    again = load(ModelConfig(str(model.save(tmp_path / family))))
+    assert again.fingerprint == model.fingerprint
+    assert again.path == tmp_path / family
+    chat = [[{"role": "user", "content": "hi"}], "text"]
+    batch = model.encode(chat)
+    assert torch.equal(again.encode(chat).input_ids_BT, batch.input_ids_BT)
+    with torch.no_grad():
+        assert torch.equal(model(batch), again(batch))
+    assert model.architecture.head_dim == 64
+    assert not model.hf.training
+
+
+def test_the_dtype_is_the_config_s_or_the_checkpoint_s_and_not_the_fingerprint_s(tmp_path):
+    half = load(ModelConfig("random:llama", dtype="bfloat16"))
+    assert half.dtype is torch.bfloat16
+    half.save(tmp_path)
+    folder = str(tmp_path)
+    assert load(ModelConfig(folder, dtype="auto")).dtype is torch.bfloat16
+    full = load(ModelConfig(folder))
+    assert full.dtype is torch.float32
+    assert full.fingerprint == half.fingerprint
+    assert load("random:llama").fingerprint == half.fingerprint
+    batch = half.encode(["text"])
+    with torch.no_grad(), capture(half, ["blocks.0.q"]) as acts, edit(half, Scale("blocks.1.output", 2.0)):
+        assert half(batch).dtype is torch.bfloat16
+    assert acts["blocks.0.q"].dtype is torch.bfloat16
+
+
+def test_gemma2_computes_its_soft_cap():
+    """transformers' SDPA path leaves the cap on attention scores out; the loader must not."""
+    assert load("random:gemma2").hf.config._attn_implementation == "eager"
+    assert load("random:llama").hf.config._attn_implementation == "sdpa"
+    assert (
+        load(ModelConfig("random:llama", attn_implementation="eager")).hf.config._attn_implementation
+        == "eager"
+    )
+
+
+ERRORS = {
+    "family": (ModelConfig("random:bert"), "Unknown family 'bert'.*llama"),
+    "folder": (ModelConfig("./no/such/folder"), "no model folder"),
+    "hub": (ModelConfig("nobody/nothing"), "Could not load 'nobody/nothing'.*Ways out.*name=tinyworld"),
+    "dtype": (ModelConfig("random:llama", dtype="float31"), "Unknown dtype 'float31'"),
+    "quantization": (ModelConfig("random:llama", quantization="3bit"), "Unknown quantization '3bit'"),
+    "remote": (ModelConfig("random:llama", remote=True), "needs a Hugging Face id"),
+}
+
+
+@pytest.mark.parametrize("name", list(ERRORS))
+def test_one_clear_error_names_the_ways_out(name):
+    config, message = ERRORS[name]
+    with pytest.raises(UserError, match=message):
+        load(config)
+
+
+def test_a_folder_that_is_no_model_and_an_unsupported_family_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        load(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="'bert' is not supported. Supported families: llama"):
+        load(str(tmp_path))
+
+
+def test_the_embedded_model_without_weights_names_the_make_target(tmp_path, monkeypatch):
+    import shared.tinyworld
+
+    monkeypatch.setattr(shared.tinyworld, "MODEL_DIR", tmp_path, raising=False)
+    with pytest.raises(UserError, match="make tinyworld"):
+        load("tinyworld")
