@@ -30,6 +30,8 @@ def engine(model_folder: Path, folders: dict[str, Path]) -> Iterator[VLLMGenerat
 
 @pytest.fixture(autouse=True)
 def cold_cache(engine: VLLMGenerator) -> None:
+    # A step that raised leaves requests behind, over which the engine would loop for ever.
+    assert not engine.llm.llm_engine.has_unfinished_requests(), "an earlier test broke the engine"
     engine.llm.reset_prefix_cache()
 
 
