@@ -6,17 +6,26 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
 
 from shared.config import ConfigError
 from shared.run import configuration_folder, pipelines, register_defaults, typed
 
 CONF = Path(__file__).parents[2] / "conf"
 NAMES = {"preft": "adapter_serving", "circuits": "circuit_tracing", "assumptions": "assumption_probing"}
-PLAIN_LAUNCHERS = ["basic", "joblib", "submitit_local", "submitit_slurm", "ray"]
+LAUNCHERS = {
+    "basic": "BasicLauncher",
+    "joblib": "JoblibLauncher",
+    "local": "JoblibLauncher",
+    "submitit_local": "LocalLauncher",
+    "submitit_slurm": "SlurmLauncher",
+    "slurm": "SlurmLauncher",
+    "ray": "RayLauncher",
+    "ray_cluster": "RayLauncher",
+}
 
 
 def options(group):
@@ -66,13 +75,15 @@ def test_every_pipeline_has_a_smoke_experiment():
     assert {f"{package}/smoke" for package in NAMES} <= set(options("experiment"))
 
 
-@pytest.mark.parametrize("name", [*PLAIN_LAUNCHERS, *options("hydra/launcher")])
+@pytest.mark.parametrize("name", sorted({*LAUNCHERS, *options("hydra/launcher")}))
 def test_every_launcher_is_built(name):
     config = composed("pipeline=circuit_tracing", f"hydra/launcher={name}", return_hydra_config=True)
     config.hydra.sweep.dir = "runs/sweep/x"
-    OmegaConf.set_readonly(config.hydra, False)
-    launcher = instantiate(config.hydra.launcher, _recursive_=False)
-    assert hasattr(launcher, "launch")
+    context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks())
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=context, task_function=typed, config=config
+    )
+    assert type(launcher).__name__ == LAUNCHERS[name]
 
 
 @pytest.mark.parametrize(
@@ -87,17 +98,13 @@ def test_every_launcher_is_built(name):
             "'pipeline.ablate' must be int, got str 'many'",
         ),
         (["pipeline=adapter_serving", "model.nam=x"], r"'model.nam' \(did you mean 'name'\?\)"),
+        (["pipeline=adapter_serving", "model=local"], r"'model.name' is not set: give model.name="),
         (["pipeline=adapter_serving", "+run.sede=1"], r"'run.sede' \(did you mean 'seed'\?\)"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(overrides, expected):
     with pytest.raises(ConfigError, match=expected):
         typed(composed(*overrides))
-
-
-def test_a_mandatory_value_is_asked_for():
-    with pytest.raises(MissingMandatoryValue, match="model.name"):
-        typed(composed("pipeline=adapter_serving", "model=local"))
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_everything_is_converted_and_round_trips():
         ({}, "missing key 'p.name'"),
         ({"name": "x", "train": {"stesp": 1}}, r"unknown key 'p.train.stesp' .*allowed: kind, rate, steps"),
         ({"name": "x", "optional": {"stesp": 1}}, r"unknown key 'p.optional.stesp'"),
+        ({"name": None}, r"'p.name' is not set: give p.name=\.\.\. \(str\)"),
         ({"name": 3}, "'p.name' must be str, got int 3"),
         ({"name": "x", "train": {"steps": 1.5}}, "'p.train.steps' must be int, got float 1.5"),
         ({"name": "x", "train": {"steps": True}}, "'p.train.steps' must be int, got bool"),

@@ -55,6 +55,8 @@ def _join(where: str, key: str) -> str:
 
 def _mismatch(hint: Any, value: Any, where: str) -> ConfigError:
     name = getattr(hint, "__name__", None) if isinstance(hint, type) and not get_args(hint) else str(hint)
+    if value is None:
+        return ConfigError(f"{where!r} is not set: give {where}=... ({name})")
     return ConfigError(f"{where!r} must be {name}, got {type(value).__name__} {value!r}")
 
 
