@@ -53,7 +53,7 @@ def test_edges_and_totals_are_those_of_the_network(llama, problem_of):
         else:
             assert graph.kind_n[source] == EMBEDDING
             assert weight == effects.embed_ST[target - first, graph.position_n[source]]
-    assert graph.edge_mass_kept if hasattr(graph, "edge_mass_kept") else graph.header.edge_mass_kept == 1.0
+    assert graph.header.edge_mass_kept == pytest.approx(1.0)
 
 
 def test_edges_go_upwards_and_forwards(graph):
@@ -146,3 +146,20 @@ def test_influence_is_the_sum_over_paths():
 def test_answers_come_in_pairs(llama):
     with pytest.raises(ValueError, match="both answer and wrong"):
         trace(llama, "x", answer="a")
+
+
+def test_export_fits_the_published_schema(graph, tmp_path):
+    from jsonschema import validate
+
+    from circuits.export import SCHEMA, write_neuronpedia
+
+    content = json.loads(write_neuronpedia(graph, tmp_path / "graph.json").read_text())
+    validate(content, SCHEMA)
+    ids = [node["node_id"] for node in content["nodes"]]
+    assert len(set(ids)) == len(ids) == len(graph)
+    assert {link[end] for link in content["links"] for end in ("source", "target")} <= set(ids)
+    assert [link["weight"] for link in content["links"]] == graph.weight_e.tolist()
+    layer, position, neuron = graph.neurons()[0]
+    node = next(node for node in content["nodes"] if node["node_id"] == f"{layer}_{neuron}_{position}")
+    assert node["feature"] == (layer + neuron) * (layer + neuron + 1) // 2 + neuron
+    assert node["activation"] in graph.activation_n.tolist()

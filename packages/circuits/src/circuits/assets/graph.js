@@ -55,8 +55,6 @@ function place() {
     const across = Math.max(2, Math.ceil(Math.sqrt(most * 1.6)));
     return { across, width: Math.max(across * STEP + GAP, token.length * 7.5 + GAP) };
   });
-  const last = columns.length - 1;
-  columns[last].width = Math.max(columns[last].width, ...header.targets.map((name) => name.length * 7.5 + 70));
   let x = LEFT;
   for (const column of columns) { column.x = x; x += column.width; }
   const rows = [];
@@ -74,14 +72,15 @@ function place() {
     const column = columns[position];
     list.sort((a, b) => strength(b) - strength(a));
     list.forEach((node, i) => {
-      const logit = node.kind === "logit", alone = !isNeuron(node) && r === 0;
-      const across = Math.min(column.across, list.length);
-      node.x = alone ? column.x + column.width / 2 + i * STEP : column.x + column.width / 2 + ((i % across) - (across - 1) / 2) * STEP;
-      node.y = rows[r].y + GAP * 0.4 + STEP / 2 + Math.floor(i / column.across) * STEP;
-      if (logit) { node.x = column.x + 22; node.y = rows[r].y + GAP * 0.4 + STEP / 2 + i * STEP * 1.35; }
+      // The strongest stand in the middle of their column, the others fall away to both sides.
+      const step = i % column.across, aside = step % 2 ? (step + 1) / 2 : -step / 2, logit = node.kind === "logit";
+      const down = logit ? i * 1.35 : r === 0 ? 0 : Math.floor(i / column.across);
+      node.x = column.x + column.width / 2 + (logit ? 0 : r === 0 ? i : aside) * STEP;
+      node.y = rows[r].y + GAP * 0.4 + STEP / 2 + down * STEP;
     });
   }
-  return { columns, rows, width: x + 10, height: y };
+  const labels = nodes.filter((node) => node.kind === "logit").map((node) => node.x + node.label.length * 7.5 + 70);
+  return { columns, rows, width: Math.max(x + 10, ...labels), height: y };
 }
 
 let view = null, world = null;
