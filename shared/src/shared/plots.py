@@ -29,7 +29,7 @@ def subplots(
 ) -> "tuple[Figure, Any]":
     """A figure and its axes (as matplotlib's `subplots` gives them); width and height in inches of one panel."""
     import matplotlib
-    from cycler import cycler
+    from matplotlib import cycler
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE | {"axes.prop_cycle": cycler(color=PALETTE)}):
