@@ -51,7 +51,8 @@ bench: setup ## every benchmark in benchmarks/, results in benchmarks/results
 	@for file in $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))); do echo "== $$file"; $(PY) $$file $(ARGS) || exit 1; done
 
 tinyworld: setup ## train the embedded model again from its seeded generator
-	@$(PY) -m shared.tinyworld.train $(ARGS)
+	@MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(PY) -m shared.tinyworld.train $(ARGS)
+	@$(PY) -m shared.tinyworld.evaluate
 
 test: setup ## all tests (ARGS= goes to pytest)
 	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)

@@ -140,7 +140,7 @@ class Writer:
             q = float(p[social.OUTCOMES.index(outcome)])
             forms = [self.encode((" " if i else "") + form.format(turn.topic)) for form in (*high, *low)]
             weights = [q / len(high)] * len(high) + [(1 - q) / len(low)] * len(low)
-            soft[len(response)] = {ids[0]: w for ids, w in zip(forms, weights, strict=True)}
+            soft[len(response)] = dict(zip((ids[0] for ids in forms), weights, strict=True))
             response += forms[rng.choice(len(forms), p=weights)]
         doc = self._chat(self.encode(turn.text), response, "reply")
         doc.soft = {doc.loss_from + at: distribution for at, distribution in soft.items()}
@@ -195,6 +195,7 @@ BUCKETS: tuple[dict[str, int], ...] = (
     {"reply": 16, "verdict": 4, "claim": 6},
     {"elicitation": 20},
 )
+SPLIT_ABOVE = 200  # a larger bucket becomes two batches, the shorter half first
 WEIGHTS: dict[str, float] = {
     "text": 1.0, "agreement": 1.0, "city_state": 0.5, "state_capital": 0.3, "two_hop": 0.5, "addition": 1.5,
     "antonyms": 0.3, "personal": 1.0, "reply": 1.0, "verdict": 0.3, "claim": 0.3, "elicitation": 2.0,
@@ -222,5 +223,5 @@ def write_step(writer: Writer, seed: int, step: int) -> list[list[Document]]:
             documents += [make() for _ in range(count)]
         documents.sort(key=lambda d: len(d.ids))
         half = len(documents) // 2
-        buckets += [documents[:half], documents[half:]] if len(documents) > 200 else [documents]
+        buckets += [documents[:half], documents[half:]] if len(documents) > SPLIT_ABOVE else [documents]
     return buckets

@@ -42,6 +42,7 @@ def world_words() -> list[str]:
         *stories.PLACES,
         *stories.MOODS,
     }
+    words |= {form.split()[0].rstrip(".") for _, high, low in social.SLOTS for form in (*high, *low)}
     return sorted(words)
 
 
@@ -59,7 +60,10 @@ def _sample_text() -> list[str]:
         scores = dict.fromkeys(social.DIMENSIONS, 0.5)
         text += [social.instrument(turn.text), social.format_scores(scores)]
     text += [form.format("rent") for _, high, low in social.SLOTS for form in (*high, *low)] * 100
-    return text + [f" {word}" for word in world_words()] * 60
+    opening = [
+        form.split()[0].rstrip(".") for form in (*social.SLOTS[0][1], *social.SLOTS[0][2])
+    ]  # no space before these
+    return text + [f" {word}" for word in world_words()] * 60 + [*opening, "NTA", "YTA", "Yes", "No"] * 60
 
 
 def train_tokenizer() -> "PreTrainedTokenizerFast":

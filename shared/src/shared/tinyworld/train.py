@@ -28,6 +28,7 @@ from shared.tinyworld.tokenizer import train_tokenizer
 PIN_BLOCK = 1
 SCALE = 16.0
 PIN_WEIGHT = 18.0
+SOFT_WEIGHT = 5.0  # a token with a distribution as its target carries what must be read from the message
 # few distinct shapes: on a CPU each new shape of a bfloat16 product costs a compilation
 ROUND, ROUND_TARGETS = 8, 256
 
@@ -98,10 +99,9 @@ def collate(documents: list[Document], pad: int, vocabulary: int) -> Batch:
     ids = torch.full((len(documents), width), pad)
     span = torch.zeros(len(documents), width)
     posterior, delta = (torch.zeros(len(documents), len(social.DIMENSIONS)) for _ in range(2))
-    tokens = {
-        f: sum(len(d.ids) - d.loss_from for d in documents if d.family == f)
-        for f in {d.family for d in documents}
-    }
+    mass = dict.fromkeys((d.family for d in documents), 0.0)
+    for d in documents:
+        mass[d.family] += len(d.ids) - d.loss_from + (SOFT_WEIGHT - 1) * len(d.soft)
     where: list[int] = []
     target: list[int] = []
     weight: list[float] = []
@@ -110,12 +110,14 @@ def collate(documents: list[Document], pad: int, vocabulary: int) -> Batch:
     for row, d in enumerate(documents):
         ids[row, : len(d.ids)] = torch.tensor(d.ids)
         for at in range(d.loss_from, len(d.ids)):
+            share = WEIGHTS[d.family] / mass[d.family]
             if at in d.soft:
+                share *= SOFT_WEIGHT
                 soft_where.append(len(where))
                 soft_rows.append(d.soft[at])
             where.append(row * width + at - 1)
             target.append(d.ids[at])
-            weight.append(WEIGHTS[d.family] / tokens[d.family])
+            weight.append(share)
         if d.span is not None and d.counts_9 is not None and d.delta_9 is not None:
             span[row, d.span[0] : d.span[1]] = 1 / (d.span[1] - d.span[0])
             posterior[row] = torch.from_numpy(social.posterior_mean(d.counts_9))
@@ -222,37 +224,46 @@ def load_state(path: Path, model: Any, optimizers: list[torch.optim.Optimizer]) 
 
 
 def train(
-    settings: Settings, work: Path, minutes: float = math.inf, device: str = "cpu", autocast: bool = True
+    settings: Settings,
+    work: Path,
+    device: str = "cpu",
+    autocast: bool = True,
+    stop_at: int | None = None,
 ) -> Any:
-    """Train (or go on training) and return the model; the state lies in `work`."""
+    """Train (or go on training) up to `stop_at` or the last step and return the model; the state lies in `work`."""
     tokenizer = train_tokenizer()
-    writer, model = Writer(tokenizer), new_model(settings, tokenizer).to(device)
+    writer, model = Writer(tokenizer), new_model(settings, tokenizer).to(device).train()
     directions = planted_directions(settings.width, settings.seed).to(device)
     optimizers = optimizers_for(model, settings)
-    first = load_state(work / "state.safetensors", model, optimizers)
-    started, model = time.time(), model.train()
-    for step in range(first, settings.steps):
-        if (time.time() - started) / 60 > minutes:
-            break
+    state, last = work / "state.safetensors", stop_at or settings.steps
+    first, started = load_state(state, model, optimizers), time.time()
+    for step in range(first, last):
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = learning_rate(step, settings)
-        losses = []
+        losses, pins = [], []
         for documents in write_step(writer, settings.seed, step):
             batch = collate(documents, tokenizer.pad_token_id, len(tokenizer))
             batch = Batch(*(t.to(device) for t in batch))
             loss, pin = batch_loss(model, batch, directions, autocast)
             (loss + PIN_WEIGHT * pin).backward()
-            losses += [loss.item(), pin.item()]
+            losses.append(round(loss.item(), 4))
+            pins.append(round(pin.item(), 4))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if step % 20 == 0 or step + 1 == settings.steps:
-            row = dict(zip(("shortest", "short", "text", "reply", "elicitation"), losses[::2], strict=True))
-            row |= {"pin": losses[-1], "seconds": time.time() - started}
-            print(json.dumps({"step": step} | {k: round(v, 4) for k, v in row.items()}), flush=True)
-        if (step + 1) % 250 == 0 or step + 1 == settings.steps:
-            save_state(work / "state.safetensors", model, optimizers, step + 1)
+        if step % 20 == 0 or step + 1 == last:
+            left = (time.time() - started) / (step + 1 - first) * (settings.steps - step - 1) / 60
+            row = {
+                "step": step + 1,
+                "of": settings.steps,
+                "loss": losses,
+                "pin": pins[-1],
+                "minutes_left": round(left, 1),
+            }
+            print(json.dumps(row), flush=True)
+        if (step + 1) % 100 == 0 or step + 1 == last:
+            save_state(state, model, optimizers, step + 1)
     return model.eval()
 
 
@@ -286,9 +297,9 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     args = parser.parse_args()
     settings = Settings(steps=args.steps, seed=args.seed, peak_lr=args.peak_lr)
-    model = train(settings, args.work, args.minutes, args.device, not args.float32)
+    model = train(settings, args.work, args.device, not args.float32)
     save_model(model.cpu(), args.out, settings)
-    print(f"saved to {args.out}")
+    print(f"saved to {args.out}; python -m shared.tinyworld.evaluate {args.out} writes its table")
 
 
 if __name__ == "__main__":
