@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from assumptions.chats import Chat
 from assumptions.dimensions import NAMES
-from assumptions.elicitation import RETRIED, Elicitation, Settings, elicit, header
+from assumptions.elicitation import RETRIED, Elicitation, ElicitationSettings, elicit, header
 from assumptions.instruments import INSTRUMENTS, instrument
 from assumptions.parsing import Status
 from assumptions.records import Record, RecordFile, final, read
@@ -27,7 +27,7 @@ from shared.errors import UserError
 from shared.generation import Generator
 
 NINE = instrument("nine_scores")
-FREE = Settings(guided=False, batch_size=7)
+FREE = ElicitationSettings(guided=False, batch_size=7)
 KINDS = {
     "fenced": 0.1,
     "prose": 0.1,
@@ -171,7 +171,7 @@ def test_settings_are_refused_before_anything_runs(tmp_path):
     """T28: every choice is checked before an engine is asked."""
     generator, path = engine(), tmp_path / "never.jsonl"
     for name, options, match in (
-        ("4dims", Settings(guided=True), "guided=false"),
+        ("4dims", ElicitationSettings(guided=True), "guided=false"),
         ("base", FREE, "baseline"),
         ("nine_scores", replace(FREE, samples=3), "temperature"),
     ):

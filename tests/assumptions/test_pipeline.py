@@ -9,7 +9,7 @@ import torch
 from assumptions.chats import Chat
 from assumptions.dimensions import NAMES
 from assumptions.doses import UNEDITED, Reply, dose_response, steer
-from assumptions.elicitation import Settings
+from assumptions.elicitation import ElicitationSettings
 from assumptions.outcomes import OUTCOMES, Judgement
 from assumptions.pipeline import PIPELINE, AssumptionProbingConfig, SteeringSettings
 from assumptions.scripted import ScriptedGenerator
@@ -19,7 +19,7 @@ from shared.errors import UserError
 from shared.generation import Sampling
 from shared.models import ModelConfig, load
 from shared.runs import start_run
-from shared.serialize import read_json
+from shared.serialize import plain, read_json
 from shared.tinyworld import social
 
 
@@ -106,7 +106,7 @@ class TestSteeredReplies:
         ({"instrument": "support"}, "no instrument"),
         ({"steering": SteeringSettings(dimensions=["kindness"])}, "no dimension"),
         ({"steering": SteeringSettings(doses=[1.0, 2.0, 3.0])}, "needs 0"),
-        ({"elicitation": Settings(samples=4)}, "temperature"),
+        ({"elicitation": ElicitationSettings(samples=4)}, "temperature"),
         ({"data": "mine.csv"}, "judge"),
     ],
 )
@@ -125,8 +125,6 @@ def test_messages_of_the_embedded_world_carry_their_truth():
 
 def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
     """The whole pipeline with an engine that answers with the posterior; the model's own activations and replies."""
-    from contextlib import nullcontext
-
     from assumptions import pipeline
 
     def truth(prompt):
@@ -135,8 +133,9 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
 
     shape = pipeline.instrument("tinyworld_nine").shape()
     engine = ScriptedGenerator(shape, truth, rates={"prose_only": 0.1})
-    monkeypatch.setattr(pipeline, "open_engine", lambda *_: nullcontext(engine))
-    steering = SteeringSettings(doses=[-2.0, 0.0, 2.0], random=1, messages=4, max_tokens=24)
+    started = []
+    monkeypatch.setattr(pipeline, "start_engine", lambda *_: started.append(1) or engine)
+    steering = SteeringSettings(doses=[-2.0, 0.0, 2.0], random=1, messages=2, max_tokens=16)
     config = AssumptionProbingConfig(messages=60, shuffles=2, steering=steering)
     with start_run(tmp_path / "run", {"settings": config}, seed=0) as run:
         metrics = PIPELINE.run(config, ModelConfig("tinyworld"), run)
@@ -162,6 +161,9 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
         again = PIPELINE.run(config, ModelConfig("tinyworld"), run)
     assert engine.asked == 60 + health["failed"]
     assert again["json_valid"] == 1.0
+    with start_run(tmp_path / "run", {"settings": config}, seed=0) as run:
+        assert plain(PIPELINE.run(config, ModelConfig("tinyworld"), run)) == plain(again)
+    assert len(started) == 2  # nothing was left to ask the third time
     assert (
         read_json(tmp_path / "run" / "stages.json")["features.safetensors"] == stages["features.safetensors"]
     )

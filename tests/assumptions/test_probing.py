@@ -229,8 +229,7 @@ class TestProbes:
 
     def test_figures_stand_beside_their_controls(self, study):
         rows, features, labels, split, probes, chosen = study
-        texts, sources = [c.turn for c in rows], [c.source for c in rows]
-        scores = evaluate_probes(features, labels, probes, chosen, split, texts, sources)
+        scores = evaluate_probes(features, labels, probes, chosen, split, rows)
         for name in NAMES:
             score = scores[name]
             assert score.block == probes.probes[name].block

@@ -30,7 +30,7 @@ RETRIED = frozenset({Status.FAILED, Status.TEMPLATE_ECHO})
 
 
 @dataclass(frozen=True)
-class Settings:
+class ElicitationSettings:
     """How to ask: sampling of one draw, draws per chat, guided decoding, order of dimensions, batch size, seed."""
 
     max_tokens: int = 512
@@ -82,14 +82,14 @@ def elicit(
     instrument: Instrument,
     chats: Sequence[Chat],
     path: Path,
-    settings: Settings | None = None,
+    settings: ElicitationSettings | None = None,
     model: str = "",
 ) -> Elicitation:
     """Ask for the assumptions behind every chat, resuming the file at `path`; `model` identifies who answers.
 
     Raises UserError before any generation when the instrument cannot be guided or the file belongs to another question.
     """
-    settings = settings or Settings()
+    settings = settings or ElicitationSettings()
     check(instrument, settings)
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, n=1, logprobs=None)
     with RecordFile(path, header(instrument, settings, model)) as file:
@@ -99,7 +99,7 @@ def elicit(
         return Elicitation(final(r for r in file.records.values() if r.key in wanted))
 
 
-def check(instrument: Instrument, settings: Settings) -> None:
+def check(instrument: Instrument, settings: ElicitationSettings) -> None:
     """Refuse settings that the instrument cannot follow."""
     if instrument.shape_of is None:
         raise UserError(f"instrument {instrument.id} asks for no assumptions; it is a baseline for replies")
@@ -112,7 +112,7 @@ def check(instrument: Instrument, settings: Settings) -> None:
         raise UserError("samples > 1 at temperature 0 are all alike: set a temperature")
 
 
-def header(instrument: Instrument, settings: Settings, model: str) -> dict[str, Any]:
+def header(instrument: Instrument, settings: ElicitationSettings, model: str) -> dict[str, Any]:
     """What identifies the question an elicitation file answers."""
     return {
         "instrument": instrument.id,
@@ -128,7 +128,7 @@ def header(instrument: Instrument, settings: Settings, model: str) -> dict[str, 
 
 
 def _pending(
-    instrument: Instrument, chats: Sequence[Chat], settings: Settings, file: RecordFile
+    instrument: Instrument, chats: Sequence[Chat], settings: ElicitationSettings, file: RecordFile
 ) -> list[_Draw]:
     draws = []
     for chat in chats:
@@ -140,7 +140,9 @@ def _pending(
     return draws
 
 
-def _draw(instrument: Instrument, chat: Chat, sample: int, attempt: int, settings: Settings) -> _Draw:
+def _draw(
+    instrument: Instrument, chat: Chat, sample: int, attempt: int, settings: ElicitationSettings
+) -> _Draw:
     seed = _seed(settings.seed, chat.id, sample, attempt)
     order = instrument.dimensions
     if settings.shuffle_order:

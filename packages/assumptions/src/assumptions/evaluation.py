@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from assumptions.chats import Chat
 from assumptions.features import Features
 from assumptions.metrics import Extremes, extremes_auroc
 from assumptions.probes import ProbeSet
@@ -43,16 +44,15 @@ def evaluate_probes(
     probe_set: ProbeSet,
     chosen: Sequence[Chosen],
     split: Split,
-    texts: Sequence[str],
-    sources: Sequence[str],
+    chats: Sequence[Chat],
     strengths: Sequence[float] = STRENGTHS,
     shuffles: int = 5,
     seed: int = 0,
 ) -> dict[str, ProbeScore]:
     """Score every probe on the test rows, beside shuffled labels and a bag of words put through the same search."""
     shuffled = shuffled_r2(features.pooled_LBD, labels_BK, split, shuffles, seed, strengths)
-    words = bag_of_words_r2(texts, labels_BK, split, strengths)
-    test_sources = [sources[i] for i in split.test]
+    words = bag_of_words_r2([chat.turn for chat in chats], labels_BK, split, strengths)
+    test_sources = [chats[i].source for i in split.test]
     scores = {}
     for k, (name, probe) in enumerate(probe_set.probes.items()):
         predicted_B = probe.predict(features)[split.test]

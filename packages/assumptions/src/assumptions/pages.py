@@ -4,16 +4,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from assumptions.charts import agreement_chart, block_chart, dose_chart, probe_chart
-from assumptions.dimensions import DIMENSIONS, SIGNS
+from assumptions.chats import Chat
+from assumptions.dimensions import DIMENSIONS, NAMES, SIGNS
 from assumptions.doses import UNEDITED, Curve, Reply
 from assumptions.elicitation import Elicitation
 from assumptions.evaluation import ProbeScore
 from assumptions.instruments import Instrument
+from assumptions.sources import Messages
 from shared.report import Report
+
+EXAMPLES = 3
 
 
 def add_elicitation(
-    report: Report, instrument: Instrument, elicitation: Elicitation, metrics: Mapping[str, Any]
+    report: Report,
+    instrument: Instrument,
+    elicitation: Elicitation,
+    messages: Messages,
+    metrics: Mapping[str, Any],
 ) -> None:
     """The elicited scores: health of the answers, and agreement with the truth where it is known."""
     report.text(
@@ -26,6 +34,20 @@ def add_elicitation(
             agreement_chart(metrics["spearman"]),
             "Elicited scores against the mean of the latent given the message, the best any reader could do.",
         )
+    for row, chat in enumerate(messages.chats[:EXAMPLES]):
+        report.table(_example_scores(row, chat, elicitation, messages), f"{chat.id}: {chat.turn}")
+
+
+def _example_scores(
+    row: int, chat: Chat, elicitation: Elicitation, messages: Messages
+) -> list[dict[str, Any]]:
+    """The elicited scores of one message beside the truth, one column a dimension."""
+    rows = [
+        {"": "elicited"} | dict(zip(NAMES, elicitation.scores([chat.id], NAMES)[0].tolist(), strict=True))
+    ]
+    if messages.posterior_BK is not None:
+        rows.append({"": "posterior"} | dict(zip(NAMES, messages.posterior_BK[row].tolist(), strict=True)))
+    return rows
 
 
 def add_probes(

@@ -7,7 +7,8 @@
 5. judge      sycophancy of every reply, dose-response curves                           metrics.json, report.html
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 from assumptions.chats import Chat
 from assumptions.dimensions import NAMES, SIGNS, dimension
 from assumptions.doses import Condition, Curve, Reply, dose_response, steer
-from assumptions.elicitation import Elicitation, Settings, check, elicit, header
+from assumptions.elicitation import Elicitation, ElicitationSettings, check, elicit, header
 from assumptions.evaluation import ProbeScore, evaluate_probes
 from assumptions.features import Features, Span, capture_features, load_features, save_features
 from assumptions.instruments import Instrument, instrument
@@ -30,7 +31,7 @@ from assumptions.splits import group_split
 from assumptions.steering import Direction, Unit, pattern_direction, probe_direction, random_directions
 from shared.data import read_rows, write_rows
 from shared.errors import UserError
-from shared.generation import HFGenerator, Sampling, VLLMGenerator
+from shared.generation import Completion, Generator, HFGenerator, Request, Sampling, VLLMGenerator
 from shared.interventions import save_interventions
 from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run, config_hash
@@ -65,7 +66,7 @@ class AssumptionProbingConfig:
     messages: int = 400
     instrument: str = "tinyworld_nine"
     engine: Literal["vllm", "hf"] = "vllm"
-    elicitation: Settings = field(default_factory=Settings)
+    elicitation: ElicitationSettings = field(default_factory=ElicitationSettings)
     span: Span = "user"
     shuffles: int = 5
     steering: SteeringSettings = field(default_factory=SteeringSettings)
@@ -94,7 +95,7 @@ def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) ->
     model = run.use_model(load(model_config))
     elicitation = elicit_scores(config, model, messages.chats, run)
     metrics = elicitation_metrics(elicitation, messages)
-    add_elicitation(run.report, instrument(config.instrument), elicitation, metrics)
+    add_elicitation(run.report, instrument(config.instrument), elicitation, messages, metrics)
 
     chats, labels = labelled(messages.chats, elicitation)
     features = captured(config, model, messages.chats, run).rows(
@@ -104,9 +105,8 @@ def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) ->
     label = instrument(config.instrument).id
     probes, chosen = fit_probes(features, labels, NAMES, split, label)
     save_probes(run.path("probes"), probes)
-    texts, sources = [chat.turn for chat in chats], [chat.source for chat in chats]
     scores = evaluate_probes(
-        features, labels, probes, chosen, split, texts, sources, shuffles=config.shuffles, seed=run.seed
+        features, labels, probes, chosen, split, chats, shuffles=config.shuffles, seed=run.seed
     )
     metrics |= {"probe": {name: probe_metrics(score) for name, score in scores.items()}}
     add_probes(run.report, scores, len(split.train), len(split.validation), len(split.test))
@@ -119,6 +119,24 @@ def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) ->
     return metrics
 
 
+class OnDemand:
+    """A generator that starts its engine at the first request: a study resumed with all its answers starts none."""
+
+    def __init__(self, start: Callable[[], Generator]) -> None:
+        self.start = start
+        self.engine: Generator | None = None
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Complete `requests`: one list a request, in order."""
+        self.engine = self.engine or self.start()
+        return self.engine.generate(requests, sampling)
+
+    def close(self) -> None:
+        """Free the engine, if one was started."""
+        if self.engine is not None:
+            self.engine.close()
+
+
 def elicit_scores(
     config: AssumptionProbingConfig, model: Model, chats: Sequence[Chat], run: Run
 ) -> Elicitation:
@@ -126,12 +144,12 @@ def elicit_scores(
     asked: Instrument = instrument(config.instrument)
     question = header(asked, config.elicitation, model.fingerprint)
     path = run.path(f"elicitation-{config_hash(question)}.jsonl")
-    with open_engine(config.engine, model) as generator:
+    with closing(OnDemand(lambda: start_engine(config.engine, model))) as generator:
         return elicit(generator, asked, chats, path, config.elicitation, model.fingerprint)
 
 
-def open_engine(engine: str, model: Model) -> Any:
-    """The generator that answers the instrument, as a context manager that frees it."""
+def start_engine(engine: str, model: Model) -> Generator:
+    """The engine that answers the instrument."""
     return VLLMGenerator(model.config) if engine == "vllm" else HFGenerator(model)
 
 
@@ -235,9 +253,16 @@ def steering_metrics(curves: dict[str, list[Curve]]) -> dict[str, Any]:
     return {
         "dose_response_rho": rho,
         "dose_response_slope": slope,
+        "slope_over_largest_random": {name: _over_random(lines) for name, lines in curves.items()},
         "expected_sign": {name: SIGNS[name] for name in curves},
         "judged": {name: lines[0].judged for name, lines in curves.items()},
     }
+
+
+def _over_random(lines: Sequence[Curve]) -> float | None:
+    """Slope of the direction in units of the steepest random control's; None without controls or with flat ones."""
+    steepest = max((abs(line.slope) for line in lines[1:]), default=0.0)
+    return lines[0].slope / steepest if steepest > 0 else None
 
 
 PIPELINE = Pipeline("assumption_probing", AssumptionProbingConfig, run)
