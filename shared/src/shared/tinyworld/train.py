@@ -39,6 +39,7 @@ class Settings(NamedTuple):
     steps: int = 1600
     peak_lr: float = 3e-3
     warmup: int = 100
+    descent: float = 0.4  # share of the steps
     final_lr: float = 0.01  # share of the peak
     weight_decay: float = 0.1
     seed: int = 0
@@ -165,13 +166,10 @@ def batch_loss(model: Any, batch: Batch, directions_9D: Tensor, autocast: bool) 
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine down to `final_lr` of the peak."""
-    if step < settings.warmup:
-        return settings.peak_lr * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.peak_lr * (
-        settings.final_lr + (1 - settings.final_lr) * (1 + math.cos(math.pi * done)) / 2
-    )
+    """Linear warm-up, a plateau, then a linear descent to `final_lr` of the peak over the last `descent` of the run."""
+    up = min(1.0, (step + 1) / settings.warmup)
+    left = (settings.steps - step) / (settings.descent * settings.steps)
+    return settings.peak_lr * min(up, max(settings.final_lr, min(1.0, left)))
 
 
 def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer]:
