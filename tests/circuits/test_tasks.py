@@ -10,6 +10,7 @@ from circuits.tasks import (
     TASKS,
     TaskError,
     collate,
+    common_length,
     deduplicate,
     read_pairs,
     split_by_subject,
@@ -92,6 +93,14 @@ def test_batches_hold_one_length_and_single_tokens(llama):
         collate(llama, [Pair("abc", "ab", "x", "y", "")])
     with pytest.raises(TaskError, match="no pair has 9 tokens"):
         collate(llama, pairs, length=9)
+
+
+def test_one_length_for_training_and_test():
+    assert common_length([5, 5, 7, 7, 7, None]) == 7
+    assert common_length([5, 5, 7, 7]) == 5
+    assert common_length([5, 5, 7, 7, 7, None], [None, 5, 9]) == 5
+    with pytest.raises(TaskError, match="training and test"):
+        common_length([5, None], [7])
 
 
 def test_tasks_of_the_embedded_world():

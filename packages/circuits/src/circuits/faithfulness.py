@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.attribution import top_nodes
@@ -54,7 +55,7 @@ class CurvePoint:
 
 
 def _ratio(part_B: Tensor, full_B: Tensor, empty_B: Tensor, seed: int) -> Interval:
-    def statistic(part: np.ndarray, full: np.ndarray, empty: np.ndarray) -> np.ndarray:
+    def statistic(part: NDArray, full: NDArray, empty: NDArray) -> NDArray | np.floating:
         return (part - empty).mean(-1) / (full - empty).mean(-1)
 
     arrays = (x.double().cpu().numpy() for x in (part_B, full_B, empty_B))

@@ -206,6 +206,11 @@ def _allowed(batch: "TokenBatch", window: int | None) -> Bool[Tensor, "B T T"]:
 def check(model: "Model", network: FrozenNetwork, acts: dict[str, Tensor]) -> None:
     """Compare every frozen component with the model at real positions; LinearizeError names the first miss."""
     tolerance = TOLERANCE[model.dtype]
+    if not network.logits_BTV[network.real_BT].isfinite().all():
+        raise LinearizeError(
+            "the model's own logits are not finite on this batch. Transformers' eager attention does this in float64 "
+            "under left padding: pad on the right, or load the model in float32."
+        )
     for layer, block in enumerate(network.blocks):
         at = f"blocks.{layer}."
         x_BKTD, attn_BTD = acts[at + "input"][:, None], acts[at + "attn_out"]

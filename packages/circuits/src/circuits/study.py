@@ -20,7 +20,7 @@ from circuits.metric import Metric, logit_difference
 from circuits.pathways import mean_reference, zero_reference
 from circuits.relp import relp
 from circuits.rules import Rules
-from circuits.tasks import PairBatch, collate
+from circuits.tasks import PairBatch, collate, common_length, equal_lengths
 from shared.tinyworld.tasks import Pair
 
 if TYPE_CHECKING:
@@ -46,9 +46,12 @@ class Study:
 def make_study(
     model: "Model", name: str, train: Sequence[Pair], test: Sequence[Pair], reference: str = "mean"
 ) -> Study:
-    """Encode both halves at the training half's most frequent length, and take the reference from the training half."""
-    train_batch = collate(model, train)
-    test_batch = collate(model, test, length=train_batch.clean.input_ids_BT.shape[1])
+    """Encode both halves at one length and take the reference from the training half.
+
+    The length is the training half's most frequent one among those that the test half has too.
+    """
+    length = common_length(equal_lengths(model, train), equal_lengths(model, test))
+    train_batch, test_batch = collate(model, train, length), collate(model, test, length)
     if reference == "zero":
         return Study(model, name, train_batch, test_batch, zero_reference(model))
     return Study(model, name, train_batch, test_batch, mean_reference(model, train_batch.corrupt))

@@ -117,6 +117,24 @@ def answer_token(tokenizer: Any, answer: str) -> int:
     return int(ids[0])
 
 
+def equal_lengths(model: "Model", pairs: Sequence[Pair]) -> list[int | None]:
+    """Return each pair's length in tokens, None where clean and counterfactual differ in length."""
+    both = (model.encode([pair.clean, pair.corrupt]).lengths_B.tolist() for pair in pairs)
+    return [clean if clean == corrupt else None for clean, corrupt in both]
+
+
+def common_length(*halves: Sequence[int | None]) -> int:
+    """Return the length that is most frequent in the first list among those that occur in all (ties: the shorter)."""
+    shared = set.intersection(*({n for n in half if n is not None} for half in halves))
+    if not shared:
+        raise TaskError(
+            "no pairs with prompts of equal length, or none of one length in training and test data; a mean for each "
+            "position needs them: give more pairs, or pairs whose words have equally many tokens"
+        )
+    counts = Counter(halves[0])
+    return min(shared, key=lambda n: (-counts[n], n))
+
+
 def collate(model: "Model", pairs: Sequence[Pair], length: int | None = None) -> PairBatch:
     """Return the pairs of one length (in tokens; by default the most frequent) as batches, and how many were dropped.
 
@@ -124,14 +142,11 @@ def collate(model: "Model", pairs: Sequence[Pair], length: int | None = None) ->
     """
     for answer in sorted({text for pair in pairs for text in (pair.answer, pair.wrong)}):
         answer_token(model.tokenizer, answer)
-    lengths = [_lengths(model, pair) for pair in pairs]
-    counts = Counter(clean for clean, corrupt in lengths if clean == corrupt)
-    if not counts:
-        raise TaskError("no pair has prompts of equal length; a mean for each position needs them")
-    length = length or min(counts, key=lambda n: (-counts[n], n))
-    chosen = [pair for pair, both in zip(pairs, lengths, strict=True) if both == (length, length)]
+    lengths = equal_lengths(model, pairs)
+    length = common_length(lengths) if length is None else length
+    chosen = [pair for pair, n in zip(pairs, lengths, strict=True) if n == length]
     if not chosen:
-        raise TaskError(f"no pair has {length} tokens; there are lengths {sorted(counts)}")
+        raise TaskError(f"no pair has {length} tokens; there are lengths {sorted({n for n in lengths if n})}")
     return PairBatch(
         pairs=tuple(chosen),
         clean=model.encode([pair.clean for pair in chosen]),
@@ -140,8 +155,3 @@ def collate(model: "Model", pairs: Sequence[Pair], length: int | None = None) ->
         wrongs=tuple(answer_token(model.tokenizer, pair.wrong) for pair in chosen),
         dropped=len(pairs) - len(chosen),
     )
-
-
-def _lengths(model: "Model", pair: Pair) -> tuple[int, int]:
-    clean, corrupt = model.encode([pair.clean]), model.encode([pair.corrupt])
-    return int(clean.lengths_B[0]), int(corrupt.lengths_B[0])
