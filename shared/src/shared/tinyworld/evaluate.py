@@ -283,7 +283,7 @@ def evaluate(folder: Path = MODEL_DIR, n: int = 400, quick: bool = False) -> dic
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with safe_open(folder / "directions.safetensors", framework="pt") as f:
+    with safe_open(folder / "planted/directions.safetensors", framework="pt") as f:
         directions, meta = f.get_tensor("directions"), f.metadata()
     examiner = Examiner(
         model, AutoTokenizer.from_pretrained(folder), directions, int(meta["block"]), float(meta["scale"])

@@ -274,7 +274,8 @@ def save_model(model: Any, folder: Path, settings: Settings) -> None:
     tokenizer.save_pretrained(folder)
     directions = planted_directions(settings.width, settings.seed)
     meta = {"block": str(PIN_BLOCK), "scale": str(SCALE), "dimensions": json.dumps(social.DIMENSIONS)}
-    save_file({"directions": directions}, folder / "directions.safetensors", metadata=meta)
+    (folder / "planted").mkdir(exist_ok=True)  # beside the weights, vLLM would take it for a part of them
+    save_file({"directions": directions}, folder / "planted/directions.safetensors", metadata=meta)
     (folder / "recipe.json").write_text(json.dumps(settings._asdict(), indent=1) + "\n")
 
 
