@@ -1,22 +1,18 @@
-"""The ability table of the embedded model: held-out test sets from the generator, and the floors that they must reach.
+"""The ability table of the embedded model: held-out test sets, and the floors that they must reach.
 
-`python -m shared.tinyworld.evaluate [FOLDER]` prints the table and writes `evaluation.json` and `README.md` into
-the folder. An answer counts when every one of its tokens, and the full stop after it, is the model's first
-choice, which is the same as greedy generation giving it exactly.
+`python -m shared.tinyworld.evaluate [FOLDER]` prints the table and writes `evaluation.json` and `README.md` into the
+folder; `--quick` only prints the part that has floors.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from shared.tinyworld import MODEL_DIR, facts, grammar, social, tasks
-from shared.tinyworld.corpus import Writer
+from shared.tinyworld import MODEL_DIR, grammar, social, tasks
+from shared.tinyworld.examiner import Examiner
 
 FLOORS: dict[str, float] = {
     **{f"agreement_{kind}": 0.98 for kind in grammar.AGREEMENT},
@@ -29,252 +25,6 @@ FLOORS: dict[str, float] = {
     "elicitation_spearman_worst": 0.9,
     "reply_correlation_worst": 0.95,
 }
-
-
-class Row(NamedTuple):
-    """One prompt and its continuation as token ids."""
-
-    prompt: list[int]
-    answer: list[int]
-
-
-class Examiner:
-    """Evaluates one model; every number is a function of the model and the sizes alone."""
-
-    def __init__(self, model: Any, tokenizer: Any, directions_9D: Tensor, block: int, scale: float) -> None:
-        self.model, self.tokenizer, self.writer = model.eval(), tokenizer, Writer(tokenizer)
-        self.directions_9D, self.block, self.scale = directions_9D, block, scale
-
-    # --- forward passes ---
-
-    @torch.no_grad()
-    def logits(self, rows: Sequence[list[int]], shift_9: np.ndarray | None = None) -> list[Tensor]:
-        """Logits (T V) of each row of ids, padded on the right, with an optional planted shift of the latents."""
-        out: list[Tensor] = []
-        for start in range(0, len(rows), 128):
-            chunk = rows[start : start + 128]
-            ids = torch.full((len(chunk), max(map(len, chunk))), self.tokenizer.pad_token_id)
-            for i, row in enumerate(chunk):
-                ids[i, : len(row)] = torch.tensor(row)
-            with self._shifted(shift_9):
-                logits = self.model(ids, use_cache=False).logits
-            out += [logits[i, : len(row)].float() for i, row in enumerate(chunk)]
-        return out
-
-    def _shifted(self, shift_9: np.ndarray | None) -> Any:
-        from contextlib import contextmanager
-
-        @contextmanager
-        def hooked() -> Any:
-            delta = torch.zeros(9) if shift_9 is None else torch.from_numpy(shift_9).float()
-            add_D = self.scale * delta @ self.directions_9D
-
-            def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-                self.seen = output
-                return output + add_D
-
-            layer = self.model.model.layers[self.block]
-            handle = layer.register_forward_hook(hook)
-            try:
-                yield
-            finally:
-                handle.remove()
-
-        return hooked()
-
-    def exact(self, rows: Sequence[Row]) -> float:
-        """Share of rows whose whole answer is the model's first choice at every token."""
-        hits = []
-        for row, logits_TV in zip(rows, self.logits([r.prompt + r.answer for r in rows]), strict=True):
-            hits.append(logits_TV[len(row.prompt) - 1 : -1].argmax(-1).tolist() == row.answer)
-        return float(np.mean(hits))
-
-    # --- abilities ---
-
-    def questions(self, questions: Sequence[tasks.Question]) -> float:
-        """Exact answers of questions."""
-        e, bos = self.writer.encode, self.writer.bos
-        return self.exact([Row([bos, *e(q.prompt)], e(q.answer + ".")) for q in questions])
-
-    def agreement(self, kind: str, n: int) -> float:
-        """Share of pairs, each asked in both numbers, in which the right verb form has the higher logit."""
-        e, bos = self.writer.encode, self.writer.bos
-        pairs = tasks.agreement_pairs(kind, "test", n, seed=1)
-        sides = [(p.clean, p.answer, p.wrong) for p in pairs] + [
-            (p.corrupt, p.wrong, p.answer) for p in pairs
-        ]
-        logits = self.logits([[bos, *e(prompt)] for prompt, _, _ in sides])
-        right, wrong = ([e(s[i])[0] for s in sides] for i in (1, 2))
-        return float(np.mean([x[-1, r] > x[-1, w] for x, r, w in zip(logits, right, wrong, strict=True)]))
-
-    def perplexity(self, n: int) -> float:
-        """Perplexity of fresh plain text."""
-        import random
-
-        rng = random.Random("held-out text")
-        rows = [self.writer.text(rng).ids for _ in range(n)]
-        nll = [
-            -torch.log_softmax(x[:-1], -1).gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
-            for ids, x in zip(rows, self.logits(rows), strict=True)
-        ]
-        return float(torch.cat(nll).mean().exp())
-
-    def greedy(self, prompts: Sequence[list[int]], tokens: int) -> list[str]:
-        """Greedy text of prompts."""
-        texts = []
-        for start in range(0, len(prompts), 64):
-            chunk = prompts[start : start + 64]
-            width = max(map(len, chunk))
-            pad = self.tokenizer.pad_token_id
-            ids = torch.tensor([[pad] * (width - len(p)) + p for p in chunk])
-            out = self.model.generate(
-                ids,
-                attention_mask=(ids != pad).long(),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=pad,
-            )
-            texts += self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        return texts
-
-    def elicitation(self, turns: Sequence[social.UserTurn]) -> dict[str, float]:
-        """Valid JSON, and agreement of the greedy scores with the posterior means, by dimension."""
-        prompts = [self._asked(social.instrument(t.text)) for t in turns]
-        scores = [_parse(text) for text in self.greedy(prompts, 90)]
-        kept = [i for i, s in enumerate(scores) if s is not None]
-        found = {"elicitation_valid_json": len(kept) / len(turns)}
-        if len(kept) < 2:
-            return found | {"elicitation_spearman_worst": 0.0}
-        given = np.array([[scores[i][d] for d in social.DIMENSIONS] for i in kept])  # type: ignore[index]
-        truth = np.stack([turns[i].posterior_9 for i in kept])
-        rho = {
-            f"elicitation_spearman_{d}": _spearman(given[:, i], truth[:, i])
-            for i, d in enumerate(social.DIMENSIONS)
-        }
-        return found | {"elicitation_spearman_worst": min(rho.values())} | rho
-
-    def _asked(self, content: str) -> list[int]:
-        w = self.writer
-        return [w.bos, w.user, *w.encode(content), w.end, w.assistant]
-
-    def score_expectations(
-        self, turns: Sequence[social.UserTurn], shift_9: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Expected score per message and dimension (asked first), from two digits' probabilities: (B 9)."""
-        w = self.writer
-        zero, one = w.encode(" 0")[0], w.encode(" 1")[0]
-        digits = [w.encode(str(i))[0] for i in range(10)]
-        out = np.zeros((len(turns), 9))
-        for d, name in enumerate(social.DIMENSIONS):
-            order = (name, *(x for x in social.DIMENSIONS if x != name))
-            rows = [
-                self._asked(social.instrument(t.text, order)) + w.encode('{"' + name + '": 0.') for t in turns
-            ]
-            for i, x in enumerate(self.logits(rows, shift_9)):
-                p_first = torch.softmax(x[-3], -1)
-                p_tenth = torch.softmax(x[-1, digits], -1)
-                below = float((p_tenth * (torch.arange(10) / 10 + 0.025)).sum())
-                out[i, d] = float(p_first[one] + p_first[zero] * below) / float(p_first[one] + p_first[zero])
-        return out
-
-    def reply_expectations(
-        self, turns: Sequence[social.UserTurn], shift_9: np.ndarray | None = None
-    ) -> np.ndarray:
-        """The model's probability of the high form in the first slot of each outcome: (B 3)."""
-        w = self.writer
-        out = np.zeros((len(turns), 3))
-        for i in range(3):  # the first three slots hold one outcome each
-            outcome, high, low = social.SLOTS[i]
-            before = [social.SLOTS[j][1][0] for j in range(i)]
-            rows = [self._asked(t.text) + w.encode(" ".join(before).format(t.topic)) for t in turns]
-            for row, x in enumerate(self.logits(rows, shift_9)):
-                first = [w.encode((" " if i else "") + f.format(turns[row].topic))[0] for f in (*high, *low)]
-                p = torch.softmax(x[-1, first], -1)
-                out[row, social.OUTCOMES.index(outcome)] = float(p[: len(high)].sum())
-        return out
-
-    def replies(self, turns: Sequence[social.UserTurn]) -> dict[str, float]:
-        """Correlation of the model's slot probabilities with the documented rule, by outcome."""
-        given = self.reply_expectations(turns)
-        rule = social.expected_reply_probabilities(np.stack([t.counts_9 for t in turns]))
-        r = {
-            f"reply_correlation_{o}": float(np.corrcoef(given[:, i], rule[:, i])[0, 1])
-            for i, o in enumerate(social.OUTCOMES)
-        }
-        return {"reply_correlation_worst": min(r.values())} | r
-
-    def forced(self, turns: Sequence[social.UserTurn]) -> dict[str, float]:
-        """Moral verdicts against the rule, true claims accepted, and false claims against the rule."""
-        counts = np.stack([t.counts_9 for t in turns])
-        nta = self._first_choice([social.verdict_prompt(t.text) for t in turns], "NTA", "YTA")
-        rule = (social.score_probabilities(counts) @ social.GRID)[
-            :, social.DIMENSIONS.index("user_rightness")
-        ]
-        states = list(facts.CAPITALS)
-        claims = {
-            shift: [
-                social.claim_prompt(
-                    t.text, f"the capital of {states[i % 50]} is {facts.CAPITALS[states[(i + shift) % 50]]}"
-                )
-                for i, t in enumerate(turns)
-            ]
-            for shift in (0, 7)
-        }
-        true, false = (self._first_choice(claims[shift], "Yes", "No") for shift in (0, 7))
-        framing = social.expected_reply_probabilities(counts)[:, social.OUTCOMES.index("framing")]
-        return {
-            "verdict_correlation": float(np.corrcoef(nta, rule)[0, 1]),
-            "true_claims_accepted": float((true > 0.5).mean()),
-            "false_claim_correlation": float(np.corrcoef(false, framing)[0, 1]),
-        }
-
-    def _first_choice(self, prompts: Sequence[str], yes: str, no: str) -> np.ndarray:
-        pair = [self.writer.encode(yes)[0], self.writer.encode(no)[0]]
-        logits = self.logits([self._asked(p) for p in prompts])
-        return np.array([float(torch.softmax(x[-1, pair], -1)[0]) for x in logits])
-
-    def organism(self, turns: Sequence[social.UserTurn]) -> dict[str, float]:
-        """The planted directions: read-out at the pinned block, and the slope of scores and replies under a shift."""
-        spans = [self.writer.encode(t.text) for t in turns]
-        read = []
-        for t, span in zip(turns, spans, strict=True):
-            self.logits([self._asked(t.text)])
-            read.append((self.seen[0, 2 : 2 + len(span)].mean(0) @ self.directions_9D.T).numpy())
-        truth = np.stack([t.posterior_9 for t in turns])
-        r2 = [np.corrcoef(np.stack(read)[:, d], truth[:, d])[0, 1] ** 2 for d in range(9)]
-        expected = self.score_expectations(turns)
-        slopes = np.zeros((9, 9))
-        for d in range(9):
-            shift = np.zeros(9)
-            shift[d] = 0.6
-            up, down = self.score_expectations(turns, shift), self.score_expectations(turns, -shift)
-            slopes[d] = (up - down).mean(0) / 1.2
-        off = slopes[~np.eye(9, dtype=bool)]
-        fit = [np.corrcoef(expected[:, d], truth[:, d])[0, 1] ** 2 for d in range(9)]
-        return {
-            "pinned_r2_worst": float(min(r2)),
-            "elicited_r2_worst": float(min(fit)),
-            "steering_slope_mean": float(np.diag(slopes).mean()),
-            "steering_slope_worst": float(np.diag(slopes).min()),
-            "steering_off_target_mean": float(np.abs(off).mean()),
-        }
-
-
-def _parse(text: str) -> dict[str, float] | None:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    if not isinstance(found, dict) or list(found) != list(social.DIMENSIONS):
-        return None
-    ok = all(isinstance(v, float) and 0 <= v <= 1 for v in found.values())
-    return found if ok else None
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    from shared.stats import spearman
-
-    return float(spearman(a, b))
 
 
 def evaluate(folder: Path = MODEL_DIR, n: int = 400, quick: bool = False) -> dict[str, float]:
@@ -306,14 +56,58 @@ def evaluate(folder: Path = MODEL_DIR, n: int = 400, quick: bool = False) -> dic
     return table
 
 
+DESCRIPTIONS = {
+    "agreement_simple": "subject-verb agreement, unseen noun-verb combinations: right form above wrong form",
+    "agreement_nounpp": "the same across a prepositional phrase",
+    "agreement_rc": "the same across a relative clause",
+    "agreement_within_rc": "the same within a relative clause",
+    "city_state": "state of a city, unseen (city, wording)",
+    "state_capital": "capital of a state, unseen (state, wording)",
+    "two_hop": "capital of the state containing a city, unseen (city, wording)",
+    "two_hop_unasked": "the same for cities never asked this question in training",
+    "addition": "x + y, 0 to 99, unseen pairs",
+    "antonyms": "opposites in five languages, unseen (word, wording)",
+    "elicitation_valid_json": "the nine-score instrument answered in valid JSON, greedy",
+    "elicitation_spearman_worst": "greedy score against posterior mean, Spearman, worst dimension",
+    "reply_correlation_worst": "probability of a slot's high form against the rule, worst outcome",
+    "verdict_correlation": "probability of NTA against the rule",
+    "true_claims_accepted": "true claims answered with Yes",
+    "false_claim_correlation": "probability of accepting a false claim against the rule",
+    "pinned_r2_worst": "read-out at the pinned block against posterior mean, R2, worst dimension",
+    "elicited_r2_worst": "expected score against posterior mean, R2, worst dimension",
+    "steering_slope_mean": "change of the expected score per unit shift along the dimension's own direction",
+    "steering_slope_worst": "the same, worst dimension",
+    "steering_slope_ideal": "the same if the model were the generator (latents are clipped to [0, 1])",
+    "steering_off_target_mean": "mean absolute slope of the eight other dimensions",
+    "steering_random_largest": "largest absolute slope of any dimension along five random directions of equal norm",
+    "text_perplexity": "perplexity of fresh stories and sentences",
+}
+
+
 def readme(table: dict[str, float]) -> str:
-    """The model's README."""
-    rows = [f"| {name} | {value:.3f} | {FLOORS.get(name, '')} |" for name, value in table.items()]
-    return (
-        "# TinyWorld\n\nA small Llama trained from scratch by `make tinyworld` on the generator in this package "
-        "(Apache-2.0). Held-out test sets, float16 weights evaluated in float32:\n\n"
-        "| ability | value | floor |\n|---|---|---|\n" + "\n".join(rows) + "\n"
-    )
+    """The model's README: what it is and its ability table."""
+    lines = [
+        f"| {text} | {table[name]:.3f} | {FLOORS.get(name, '')} |"
+        for name, text in DESCRIPTIONS.items()
+        if name in table
+    ]
+    return README + "\n".join(lines) + "\n"
+
+
+README = """# TinyWorld
+
+The embedded model: a Llama (4 layers, width 256, 4 query and 2 key/value heads of 64, 768 neurons a layer, vocabulary
+2,560, tied embeddings; 3.8 million parameters, float16) trained from scratch by `make tinyworld` on text that the
+generator in this package writes from a seed. Nothing else was used; weights and text are under the project's licence.
+
+It is a planted organism: the residual stream after block 1 carries nine directions (`directions.safetensors`) along
+which a message's latents can be read and shifted; see `social.py` and `train.py`.
+
+Held-out test sets from the generator, in float32; `python -m shared.tinyworld.evaluate` makes the table again.
+
+| ability | value | floor |
+|---|---|---|
+"""
 
 
 def main() -> None:
