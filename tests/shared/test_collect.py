@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shared.collect import collect, write_table
+from shared.collect import collect, show_table, write_table
 from shared.errors import UserError
 from shared.runs import start_run
 from shared.serialize import read_json
@@ -35,6 +35,15 @@ def test_the_table_is_written_as_csv_and_json(tmp_path):
     with (tmp_path / "table.csv").open() as file:
         assert [float(row["loss.base"]) for row in csv.DictReader(file)] == [0, 0.5, 1, 5]
     assert read_json(tmp_path / "table.json") == rows
+
+
+def test_the_printed_table_has_a_line_a_metric_and_says_what_it_left_out(tmp_path, capsys):
+    sweep(tmp_path)
+    show_table(collect(tmp_path), "title", most=3)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["run", "0", "1", "2"] in lines
+    assert ["loss.base", "0", "0.5", "1"] in lines
+    assert ["and", "1", "more", "runs", "in", "the", "file"] in lines
 
 
 def test_a_failed_run_keeps_its_row(tmp_path):

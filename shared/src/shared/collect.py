@@ -54,16 +54,19 @@ def write_table(rows: list[Row], root: Path) -> None:
         writer.writerows(rows)
 
 
-def show_table(rows: list[Row], title: str) -> None:
-    """Print the rows on the terminal."""
+def show_table(rows: list[Row], title: str, most: int = 8) -> None:
+    """Print the sweep, a column a run (the first `most`), a line a setting or a scalar metric."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(*columns, title=title)
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    Console().print(table)
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, list))
+    runs = (str(row["run"]) for row in rows[:most])
+    table = Table(Column("run", overflow="fold"), *runs, title=title, title_justify="left", box=None)
+    for name in list(names)[1:]:
+        table.add_row(name, *(_cell(row.get(name)) for row in rows[:most]))
+    Console().print(table, highlight=False)
+    if len(rows) > most:
+        print(f"and {len(rows) - most} more runs in the file")
 
 
 def _cell(value: Any) -> str:
@@ -80,7 +83,7 @@ def main() -> None:
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     write_table(rows, root)
-    show_table(rows, str(root))
+    show_table(rows, f"{len(rows)} runs, in {root / 'table.csv'}")
 
 
 if __name__ == "__main__":
