@@ -1,5 +1,8 @@
 """Loading: every way in, and one clear error for every way it can fail."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -51,6 +54,29 @@ def test_gemma2_computes_its_soft_cap():
         load(ModelConfig("random:llama", attn_implementation="eager")).hf.config._attn_implementation
         == "eager"
     )
+
+
+REMOTE = """
+import torch
+from shared.hooks import capture, edit, forward_inputs, make_plan, traced
+from shared.interventions import Scale
+from shared.models import load
+
+model = load("random:llama")
+batch = model.encode(["some text"])
+with torch.no_grad(), capture(model, ["blocks.1.output"]) as acts, edit(model, Scale("blocks.0.output", 2.0)):
+    expected = model(batch)
+    plan = make_plan(model.architecture, model.active, batch)
+    kept, output = traced(model.lm, plan, forward_inputs(batch), remote="local")
+assert torch.equal(output.logits, expected)
+assert torch.equal(kept["blocks.1.output"], acts["blocks.1.output"])
+"""
+
+
+def test_a_trace_survives_the_serialisation_of_remote_execution():
+    """nnsight's local simulation of NDIF; a process of its own, since checked signatures cannot be serialised."""
+    done = subprocess.run([sys.executable, "-c", REMOTE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 ERRORS = {
