@@ -29,8 +29,8 @@ def subplots(
 ) -> "tuple[Figure, Any]":
     """A figure and its axes (as matplotlib's `subplots` gives them); width and height in inches of one panel."""
     import matplotlib
-    from matplotlib import cycler
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
     with matplotlib.rc_context(STYLE | {"axes.prop_cycle": cycler(color=PALETTE)}):
         figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
