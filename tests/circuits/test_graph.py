@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from circuits.edges import Neurons, direct_effects
 from circuits.graph import EMBEDDING, KINDS, LOGIT, NEURON, GraphError, load_graph
+from circuits.metric import MetricError
 from circuits.prune import influence, influence_keep, select_edges, select_nodes
 from circuits.tracing import trace, trace_problem
 from circuits.view import page, write_page
@@ -57,9 +58,7 @@ def test_edges_and_totals_are_those_of_the_network(llama, problem_of):
 
 
 def test_edges_go_upwards_and_forwards(graph):
-    rank_n = graph.layer_n + (
-        graph.kind_n == NEURON
-    )  # a bias of layer L is written before or beside its neurons
+    rank_n = 2 * graph.layer_n + (graph.kind_n == NEURON)  # a bias of a layer may reach its neurons
     assert (rank_n[graph.source_e] < rank_n[graph.target_e]).all()
     assert (graph.position_n[graph.source_e] <= graph.position_n[graph.target_e]).all()
 
@@ -144,7 +143,7 @@ def test_influence_is_the_sum_over_paths():
 
 
 def test_answers_come_in_pairs(llama):
-    with pytest.raises(ValueError, match="both answer and wrong"):
+    with pytest.raises(MetricError, match="both answer and wrong"):
         trace(llama, "x", answer="a")
 
 

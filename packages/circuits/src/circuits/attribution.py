@@ -69,6 +69,7 @@ def pose(
 
     The reference is zero unless one is given (`circuits.pathways.mean_reference`, or another run's activations).
     """
+    batch = batch.to(model.device)
     network = linearize(model, batch, rules)
     reference_BLTN = zero_reference(model) if reference_BLTN is None else reference_BLTN
     return Problem(

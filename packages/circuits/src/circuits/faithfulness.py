@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
@@ -55,7 +54,7 @@ class CurvePoint:
 
 
 def _ratio(part_B: Tensor, full_B: Tensor, empty_B: Tensor, seed: int) -> Interval:
-    def statistic(part: NDArray, full: NDArray, empty: NDArray) -> NDArray | np.floating:
+    def statistic(part: NDArray, full: NDArray, empty: NDArray) -> NDArray | float:
         return (part - empty).mean(-1) / (full - empty).mean(-1)
 
     arrays = (x.double().cpu().numpy() for x in (part_B, full_B, empty_B))

@@ -52,7 +52,7 @@ def linearize(
     model: "Model", batch: "TokenBatch", rules: Rules | None = None, checked: bool = True
 ) -> FrozenNetwork:
     """Run the model once on the batch and return its frozen network; raises LinearizeError where it does not close."""
-    architecture = model.architecture
+    architecture, batch = model.architecture, batch.to(model.device)
     kinds = [kind for kind in BLOCK_SITES if kind in architecture.block_sites()]
     sites = [f"blocks.{layer}.{kind}" for layer in range(architecture.n_layers) for kind in kinds]
     last = f"blocks.{architecture.n_layers - 1}.output"

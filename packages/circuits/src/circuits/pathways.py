@@ -44,11 +44,23 @@ def neuron_sites(model: "Model") -> list[str]:
 
 def neuron_activations(model: "Model", batch: "TokenBatch") -> Float[Tensor, "B L T N"]:
     """Return the activations of all neurons on the batch (zero at padding)."""
-    sites = neuron_sites(model)
+    sites, batch = neuron_sites(model), batch.to(model.device)
     with torch.no_grad(), capture(model, sites) as acts:
         model(batch)
     acts_BLTN = torch.stack([acts[site].detach() for site in sites], dim=1)
     return acts_BLTN.masked_fill(~batch.attention_mask_BT.bool()[:, None, :, None], 0.0)
+
+
+def pathway_edits(
+    model: "Model",
+    keep_BLTN: Bool[Tensor, "#B L #T N"],
+    reference_BLTN: Float[Tensor, "#B L #T N"],
+) -> list[Keep]:
+    """Return the edits, one a layer, that set every neuron outside `keep` to its reference value."""
+    return [
+        Keep(site, keep_BTX=keep_BLTN[:, layer], reference_BTX=reference_BLTN[:, layer])
+        for layer, site in enumerate(neuron_sites(model))
+    ]
 
 
 def run_pathway(
@@ -58,11 +70,7 @@ def run_pathway(
     reference_BLTN: Float[Tensor, "#B L #T N"],
 ) -> Float[Tensor, "B T V"]:
     """Return the logits with every neuron outside `keep` at its reference value."""
-    edits = [
-        Keep(site, keep_BTX=keep_BLTN[:, layer], reference_BTX=reference_BLTN[:, layer])
-        for layer, site in enumerate(neuron_sites(model))
-    ]
-    with torch.no_grad(), edit(model, edits):
+    with torch.no_grad(), edit(model, pathway_edits(model, keep_BLTN, reference_BLTN)):
         return model(batch)
 
 

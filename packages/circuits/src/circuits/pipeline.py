@@ -6,6 +6,7 @@ direct edges and its page; (5) the top neurons ablated, beside as many random on
 """
 
 from dataclasses import dataclass, field
+from operator import ne
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,8 @@ from circuits.attribution import ESTIMATORS, top_nodes
 from circuits.chart import draw_curves
 from circuits.faithfulness import CurvePoint
 from circuits.graph import Graph, load_graph
-from circuits.steering import answer, changed_answers, matched_random, nodes_of, replace_nodes, side_effect
+from circuits.pathways import neuron_activations, pathway_edits
+from circuits.steering import answer, changed_answers, matched_random, nodes_of
 from circuits.study import Study, conservation_error, held_out_curve, make_study, mean_scores, pose_pairs
 from circuits.tasks import TASKS, deduplicate, read_pairs, split_by_subject, task_pairs
 from circuits.tracing import trace_problem
@@ -43,7 +45,7 @@ class CircuitTracingConfig:
     threshold: float = 0.005
     max_nodes: int = 300
     max_edges: int = 2000
-    ablate: int = 50
+    ablate: int = 200
     examples: int = 6
 
     def __post_init__(self) -> None:
@@ -139,26 +141,33 @@ def graph_stage(study: Study, config: CircuitTracingConfig, run: Run) -> Graph:
 def ablate_top(
     study: Study, scores_LTN: Tensor, config: CircuitTracingConfig, seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Set the top neurons, and as many random ones, to the reference; returns figures, and rows to show."""
-    top = nodes_of(top_nodes(scores_LTN, config.ablate))
-    rest = matched_random(top, study.model.architecture.n_neurons, seed)
-    reference_LTN = study.reference_BLTN[0].expand(scores_LTN.shape)
-    edits = {"ablated": replace_nodes(top, reference_LTN), "random": replace_nodes(rest, reference_LTN)}
-    before = answer(study.model, study.test)
-    figures: dict[str, Any] = {
-        "neurons": len(top),
-        "model": {"accuracy": before.accuracy(), "logit_difference": float(before.difference_B.mean())},
+    """Edit the top neurons on the test prompts; returns figures, and rows to show.
+
+    `ablated` sets them to the reference, `swapped` to what they are in each prompt's counterfactual; `random` does both
+    to as many other neurons of the same layers and positions.
+    """
+    model, top = study.model, top_nodes(scores_LTN, config.ablate)
+    rest = torch.zeros_like(top)
+    for layer, position, neuron in matched_random(nodes_of(top), model.architecture.n_neurons, seed):
+        rest[layer, position, neuron] = True
+    swapped_BLTN = neuron_activations(model, study.test.corrupt)
+    reference_BLTN = study.reference_BLTN.expand(1, *scores_LTN.shape)
+    edits = {
+        "ablated": pathway_edits(model, ~top[None], reference_BLTN),
+        "swapped": pathway_edits(model, ~top[None], swapped_BLTN),
+        "random ablated": pathway_edits(model, ~rest[None], reference_BLTN),
+        "random swapped": pathway_edits(model, ~rest[None], swapped_BLTN),
     }
-    for name, interventions in edits.items():
-        after = answer(study.model, study.test, interventions)
-        changed = [a != b for a, b in zip(before.top_B, after.top_B, strict=True)]
+    figures: dict[str, Any] = {"neurons": int(top.sum()), "of": top.numel()}
+    before = answer(model, study.test)
+    for name, interventions in {"model": [], **edits}.items():
+        after = answer(model, study.test, interventions)
         figures[name] = {
             "accuracy": after.accuracy(),
             "logit_difference": float(after.difference_B.mean()),
-            "answers_changed": sum(changed) / len(changed),
-            "kl_on_counterfactuals": side_effect(study.model, study.test.corrupt, interventions),
+            "answers_changed": sum(map(ne, before.top_B, after.top_B)) / len(before.top_B),
         }
-    rows = changed_answers(study.model, study.test, edits, config.examples)
+    rows = changed_answers(model, study.test, edits, config.examples)
     figures["examples"] = rows
     return figures, rows
 
@@ -198,7 +207,8 @@ def _report(
     run.report.html(f'<p><a href="graph_{study.name}/index.html">Open the graph</a></p>')
     run.report.table(
         rows,
-        f"The top {config.ablate} neurons (layer, position, index) set to their reference, and random ones.",
+        f"The model's word with the top {config.ablate} neurons (layer, position, index) at their reference (ablated) "
+        "or at what they are in the counterfactual prompt (swapped), and the same with as many random ones.",
     )
 
 

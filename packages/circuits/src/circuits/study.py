@@ -81,8 +81,9 @@ def held_out_curve(
 ) -> list[CurvePoint]:
     """Return the values of the top-k circuits of one ranking on the test pairs."""
     batch = study.test
-    logits_BTV = torch.zeros(
-        1, 1, study.model.architecture.vocab_size, dtype=study.model.dtype, device=study.model.device
+    empty_V = torch.zeros(
+        study.model.architecture.vocab_size, dtype=study.model.dtype, device=study.model.device
     )
+    logits_BTV = empty_V.expand(len(batch), 1, -1)  # a logit difference needs their shape and type only
     metric = logit_difference(logits_BTV, batch.clean.last_columns_B, batch.answers, batch.wrongs)
     return curve(study.model, batch.clean, metric, scores_LTN[None], sizes, study.reference_BLTN)

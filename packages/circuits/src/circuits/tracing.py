@@ -20,7 +20,7 @@ from circuits.describe import describe
 from circuits.edges import DirectEffects, Neurons, direct_effects
 from circuits.graph import ATTN_BIAS, EMBEDDING, LOGIT, MLP_BIAS, NEURON, POSITION, Graph, Header
 from circuits.linearize import TOLERANCE, LinearizeError
-from circuits.metric import Metric, logit_difference, top_logits
+from circuits.metric import Metric, MetricError, logit_difference, top_logits
 from circuits.prune import select_edges, select_nodes
 from circuits.relp import Relevance, relp
 from circuits.rules import Rules
@@ -49,7 +49,7 @@ def trace(
     the demeaned logits of the `top_k` most likely tokens. Nodes: at least `threshold` of a target's absolute value.
     """
     if (answer is None) != (wrong is None):
-        raise ValueError("give both answer and wrong (a logit difference), or neither (the top logits)")
+        raise MetricError("give both answer and wrong (a logit difference), or neither (the top logits)")
     pair = None
     if answer is not None and wrong is not None:
         pair = [answer_token(model.tokenizer, answer)], [answer_token(model.tokenizer, wrong)]
