@@ -22,9 +22,9 @@ from shared.tokens import Message
 class TrainConfig:
     """How long and how fast; `max_grad_norm` 0 does not clip."""
 
-    steps: int = 60
+    steps: int = 40
     batch_size: int = 16
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     warmup_steps: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

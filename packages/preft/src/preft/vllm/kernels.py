@@ -46,7 +46,7 @@ def segments(slot_K: Int[ndarray, "K"]) -> list[Segment]:
     ]
 
 
-def slots_of(adapter_ids: tuple[int, ...], slot_to_id: list[int | None]) -> Int[ndarray, "K"]:
+def slots_of(adapter_ids: tuple[Any, ...], slot_to_id: list[int | None]) -> Int[ndarray, "K"]:
     """Slot of every adapter id, -1 for id 0; KeyError if an adapter is not in a slot."""
     unique, inverse = np.unique(np.asarray(adapter_ids, dtype=np.int64), return_inverse=True)
     id_to_slot = {adapter: slot for slot, adapter in enumerate(slot_to_id) if adapter is not None} | {
