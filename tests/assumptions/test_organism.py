@@ -98,6 +98,16 @@ def test_the_informative_block_is_chosen_and_shuffled_labels_find_nothing():
     assert np.mean(shuffled_r2(pooled, planted.latents_BK, split, repeats=5)) <= 0.0
 
 
+def test_of_blocks_that_read_alike_the_earliest_is_taken():
+    planted = plant(300, 16, noise=0.2, seed=6)
+    worse = planted.resid_BD + 0.5 * torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    pooled = torch.stack([worse, planted.resid_BD, planted.resid_BD.flip(1), worse])
+    split = Split(list(range(180)), list(range(180, 240)), list(range(240, 300)))
+    assert {one.block_index for one in choose(pooled, planted.latents_BK, split)} == {1}
+    for one in choose(pooled, planted.latents_BK, split, tolerance=0.0):
+        assert one.r2_validation == max(one.curve)
+
+
 def test_the_test_rows_do_not_choose():
     """T5: changing the test rows changes neither block nor strength nor coefficients."""
     planted = plant(200, 12, seed=5)

@@ -1,14 +1,15 @@
 """Choose block and ridge strength on validation rows, report on test rows once (paper section on probes).
 
 1. Factorise the training rows of every block once; solve every target and strength from it.
-2. For each target keep the (block, strength) with the highest validation R2.
+2. For each target keep the best strength of every block by validation R2, and of the blocks the earliest whose R2 is
+   within `TOLERANCE` of the best: later blocks often hold a copy that reads as well and steers less.
 3. Only the kept read-out sees the test rows.
 Shuffled labels are further targets of the same search, so that the control profits from the search as much as the
 probes do: on noise its test R2 is at most zero on average, whatever the number of blocks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from assumptions.ridge import STRENGTHS, Factors, r2
 from assumptions.splits import Split
+
+TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -39,29 +42,36 @@ def choose(
     targets_BK: Float[Tensor, "B K"],
     split: Split,
     strengths: Sequence[float] = STRENGTHS,
+    tolerance: float = TOLERANCE,
 ) -> list[Chosen]:
     """Return one read-out per target, fitted on the training rows and chosen on the validation rows."""
     targets_BK = targets_BK.double()
-    train_BK, held_BK = targets_BK[split.train], targets_BK[split.validation]
-    best: list[Chosen | None] = [None] * targets_BK.shape[1]
-    curves: list[list[float]] = [[] for _ in best]
-    for index, pooled_BD in enumerate(pooled_LBD):
-        factors = Factors(pooled_BD[split.train])
-        found_K = [float("-inf")] * len(best)
-        for strength in strengths:
-            read = factors.solve(train_BK, strength)
-            scores_K = (
-                r2(read.predict(pooled_BD[split.validation]), held_BK).nan_to_num(nan=float("-inf")).tolist()
-            )
-            for k, score in enumerate(scores_K):
-                found_K[k] = max(found_K[k], score)
-                former = best[k]
-                if former is None or score > former.r2_validation:
-                    weight_D, intercept = read.weight_DK[:, k].clone(), float(read.intercept_K[k])
-                    best[k] = Chosen(index, strength, weight_D, intercept, score, curves[k])
-        for k, curve in enumerate(curves):
-            curve.append(found_K[k])
-    return [chosen for chosen in best if chosen is not None]
+    blocks_LK = [_best_of_block(pooled_BD, targets_BK, split, strengths) for pooled_BD in pooled_LBD]
+    chosen = []
+    for candidates_L in zip(*blocks_LK, strict=True):
+        curve = [one.r2_validation for one in candidates_L]
+        index = next(i for i, score in enumerate(curve) if score >= max(curve) - tolerance)
+        chosen.append(replace(candidates_L[index], block_index=index, curve=curve))
+    return chosen
+
+
+def _best_of_block(
+    pooled_BD: Float[Tensor, "B D"],
+    targets_BK: Float[Tensor, "B K"],
+    split: Split,
+    strengths: Sequence[float],
+) -> list[Chosen]:
+    """The strength with the highest validation R2 for every target, at one block."""
+    factors = Factors(pooled_BD[split.train])
+    best: list[Chosen] = []
+    for strength in strengths:
+        read = factors.solve(targets_BK[split.train], strength)
+        scores_K = r2(read.predict(pooled_BD[split.validation]), targets_BK[split.validation])
+        for k, score in enumerate(scores_K.nan_to_num(nan=float("-inf")).tolist()):
+            if k == len(best) or score > best[k].r2_validation:
+                one = Chosen(0, strength, read.weight_DK[:, k].clone(), float(read.intercept_K[k]), score, [])
+                best[k : k + 1] = [one]
+    return best
 
 
 def held_out_r2(
