@@ -1,0 +1,57 @@
+"""Rung C on the committed model, where the truth is planted: read beyond words, steered by sign, controls beside."""
+
+import numpy as np
+import pytest
+import torch
+
+from assumptions.dimensions import NAMES, SIGNS
+from assumptions.doses import dose_response, steer
+from assumptions.evaluation import evaluate_probes
+from assumptions.features import capture_features
+from assumptions.outcomes import Exchange, LexicalJudge
+from assumptions.probes import fit_probes
+from assumptions.sources import load_messages, moved_outcomes
+from assumptions.splits import group_split
+from assumptions.steering import probe_direction, random_directions
+from shared.generation import Sampling
+from shared.models import load
+
+
+@pytest.fixture(scope="module")
+def study():
+    model = load("tinyworld")
+    messages = load_messages("tinyworld", 240, seed=5, columns={})
+    labels = torch.from_numpy(messages.posterior_BK)
+    split = group_split(messages.chats, seed=0)
+    features = capture_features(model, messages.chats)
+    probes, chosen = fit_probes(features, labels, NAMES, split, "posterior")
+    scores = evaluate_probes(features, labels, probes, chosen, split, messages.chats, shuffles=3)
+    return model, [messages.chats[i] for i in split.test], probes, scores
+
+
+def test_the_residual_stream_holds_what_words_alone_do_not(study):
+    scores = study[3]
+    assert min(score.r2 for score in scores.values()) > 0.9
+    assert min(score.auroc.auroc for score in scores.values()) > 0.95
+    assert np.mean([score.r2_bag_of_words for score in scores.values()]) < 0.5
+    assert np.mean([score.r2_shuffled for score in scores.values()]) < 0.1
+
+
+def test_a_positive_dose_moves_replies_by_the_sign_of_its_dimension(study):
+    model, chats, probes, _ = study
+    chats, sampling = chats[:16], Sampling(max_tokens=60, temperature=1.0, logprobs=None)
+    directions = [
+        probe_direction(probes.probes[name]) for name in ("validation_seeking", "objectivity_seeking")
+    ]
+    control = random_directions(directions[0], 1)
+    replies = steer(model, chats, directions + control, [-3.0, 0.0, 3.0], sampling, batch_size=16)
+    turns = {chat.id: chat.turn for chat in chats}
+    judged = LexicalJudge().judge([Exchange(turns[reply.chat], reply.text) for reply in replies])
+    slopes = []
+    for direction in directions:
+        curve = dose_response(replies, judged, direction, moved_outcomes("tinyworld", direction.dimension))
+        slopes.append(curve.slope)
+        assert curve.rho == SIGNS[direction.dimension]
+        assert curve.judged > 0.9
+    random = dose_response(replies, judged, control[0], moved_outcomes("tinyworld", "validation_seeking"))
+    assert abs(random.slope) < min(map(abs, slopes))
