@@ -139,9 +139,9 @@ function drawNode(node, top, parent) {
   const classes = `node${type}${effect < 0 ? " minus" : ""}${node.id === state.picked ? " picked" : ""}${near(node) ? "" : " faded"}`;
   const group = element("g", { class: classes, tabindex: 0, role: "button", "aria-label": describe(node), transform: `translate(${node.x},${node.y})` }, parent);
   if (node.kind === "embedding") {
-    const width = node.label.length * 7.5 + 12;
+    const word = node.label.trim() || "\u2423", width = word.length * 7.5 + 14;
     element("rect", { class: "mark", x: -width / 2, y: -10, width, height: 20, rx: 5 }, group);
-    element("text", { "text-anchor": "middle", y: 4 }, group, node.label);
+    element("text", { "text-anchor": "middle", y: 4 }, group, word);
   } else if (node.kind === "logit") {
     element("circle", { class: "mark", r: 7 }, group);
     element("text", { x: 13, y: 4 }, group, `${node.label} ${number(node.activation)}`);
