@@ -44,7 +44,7 @@ def test_peft_loads_an_all_token_adapter(
     expected = masked_logits(model.hf, adapters["lora_all"], batch)
     copy = type(model.hf)(model.hf.config).eval()
     copy.load_state_dict(model.hf.state_dict())
-    with pytest.warns(UserWarning, match="unexpected keyword arguments"):  # peft's word on the phase section
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments"):  # peft's word on the phase section
         peft_model = PeftModel.from_pretrained(copy, str(folders["lora_all"]))
     found = peft_model(input_ids=batch.input_ids_BT).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

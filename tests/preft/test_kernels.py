@@ -30,13 +30,14 @@ def by_token(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, slots: li
 
 
 @given(slot_maps)
+@settings(deadline=None)
 def test_segments_cover_the_adapted_rows_once_and_in_order(slots: list[int]) -> None:
     covered = [(t, run.slot) for run in segments(np.array(slots)) for t in range(run.start, run.end)]
     assert covered == [(t, slot) for t, slot in enumerate(slots) if slot != PLAIN]
 
 
 @given(slot_maps, st.floats(0.1, 2.0))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_shrink_and_expand_equal_a_loop_over_tokens(slots: list[int], scale: float) -> None:
     x, y = torch.randn(len(slots), WIDTH), torch.randn(len(slots), OUT)
     a, b = stacked(1, RANK, WIDTH), stacked(2, OUT, RANK)
@@ -64,7 +65,7 @@ IDS = [40, None, 17]  # slot -> adapter id
 
 
 @given(st.lists(st.sampled_from([0, 40, 17]), min_size=1, max_size=14))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_index_tensors_equal_vllms(ids: list[int]) -> None:
     from vllm.lora.punica_wrapper.utils import convert_mapping
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft.vllm.mapping import NO_ADAPTER, map_step, phase_interval
@@ -57,6 +57,7 @@ def map_rows(step: list[Row]) -> tuple[list[int], list[int], list[bool]]:
 
 
 @given(st.lists(rows(), min_size=1, max_size=6))
+@settings(deadline=None)
 def test_every_token_gets_what_its_position_says(step: list[Row]) -> None:
     tokens, sampled, active = [], [], []
     for row in step:
@@ -69,6 +70,7 @@ def test_every_token_gets_what_its_position_says(step: list[Row]) -> None:
 
 
 @given(rows(), st.integers(1, 11))
+@settings(deadline=None)
 def test_two_chunks_are_one(row: Row, cut: int) -> None:
     whole, _, _ = map_rows([row._replace(sampled=1)])
     cut = min(cut, row.scheduled)
@@ -79,6 +81,7 @@ def test_two_chunks_are_one(row: Row, cut: int) -> None:
 
 
 @given(st.lists(rows(), min_size=2, max_size=5))
+@settings(deadline=None)
 def test_the_order_of_the_batch_does_not_matter(step: list[Row]) -> None:
     def by_request(batch: list[Row]) -> list[tuple[int, ...]]:
         tokens, ends = map_rows(batch)[0], np.cumsum([row.scheduled for row in batch])

@@ -18,6 +18,7 @@ from preft_cases import Case, Checker, prompt
 
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
 NAMES = ["lora_p_0", "reft_p_0", "lora_all"]
+PATIENCE = 500.0  # seconds until the server must be up
 
 
 def free_port() -> int:
@@ -77,8 +78,8 @@ def server(
         process.wait(timeout=60)
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 500) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if process.poll() is not None:
             pytest.fail(f"the server ended with status {process.returncode}:\n{log.read_text()[-3000:]}")
@@ -87,7 +88,7 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, se
             return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.5)
-    pytest.fail(f"the server was not up after {seconds} s:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"the server was not up after {PATIENCE} s:\n{log.read_text()[-3000:]}")
 
 
 def test_adapters_are_models_and_their_phase_is_kept(server: str, checker: Checker) -> None:

@@ -120,7 +120,7 @@ def _config(raw: dict[str, Any], section: dict[str, Any]) -> AdapterConfig:
         method=method,
         rank=raw["r"],
         phase=Phase(section.get("phase", Phase.ALL)),
-        alpha=raw["lora_alpha"] if is_lora else None,
+        alpha=float(raw["lora_alpha"]) if is_lora else None,
         rslora=raw.get("use_rslora", False) if is_lora else False,
         target_modules=_target_names(targets) if is_lora else None,
         layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
