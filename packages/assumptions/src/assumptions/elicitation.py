@@ -33,13 +33,13 @@ RETRIED = frozenset({Status.FAILED, Status.TEMPLATE_ECHO})
 class ElicitationSettings:
     """How to ask: sampling of one draw, draws per chat, guided decoding, order of dimensions, batch size, seed."""
 
-    max_tokens: int = 512
+    max_tokens: int = 512  # a grammar leaves digits open: this ends a loop
     temperature: float = 0.0
     top_p: float = 1.0
     samples: int = 1
     guided: bool = True
     shuffle_order: bool = False
-    batch_size: int = 256
+    batch_size: int = 128
     seed: int = 0
 
 

@@ -63,10 +63,10 @@ class AssumptionProbingConfig:
 
     data: str = "tinyworld"
     columns: dict[str, str] = field(default_factory=dict)
-    messages: int = 400
+    messages: int = 300
     instrument: str = "tinyworld_nine"
     engine: Literal["vllm", "hf"] = "vllm"
-    elicitation: ElicitationSettings = field(default_factory=ElicitationSettings)
+    elicitation: ElicitationSettings = field(default_factory=lambda: ElicitationSettings(max_tokens=256))
     span: Span = "user"
     shuffles: int = 5
     steering: SteeringSettings = field(default_factory=SteeringSettings)
