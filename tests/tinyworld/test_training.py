@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shared.tinyworld import social, train
-from shared.tinyworld.corpus import BUCKETS, WEIGHTS, Writer, write_step
+from shared.tinyworld.corpus import FIRST, SECOND_PART, Mixture, Writer, mixture, write_step
 from shared.tinyworld.tokenizer import train_tokenizer
 
 
@@ -21,7 +21,8 @@ def _documents(writer, step=0):
 def test_a_step_is_a_function_of_seed_and_number(writer):
     first, again, other = ([d.ids for d in _documents(writer, step)] for step in (3, 3, 4))
     assert first == again != other
-    assert len(first) == sum(sum(b.values()) for b in BUCKETS)
+    assert len(first) == sum(sum(b.values()) for b in mixture(3).buckets)
+    assert mixture(SECOND_PART - 1) == FIRST != mixture(SECOND_PART)
 
 
 def test_chats_are_tokenized_as_the_template_does(writer):
@@ -70,9 +71,9 @@ def test_elicitation_digits_follow_the_score_distribution(writer):
 
 def test_collated_weights_sum_to_the_family_weight(writer):
     for bucket in write_step(writer, 0, 0):
-        batch = train.collate(bucket, 0, len(writer.tokenizer))
+        batch = train.collate(bucket, FIRST.weights, 0, len(writer.tokenizer))
         families = {d.family for d in bucket}
-        assert float(batch.weight.sum()) == pytest.approx(sum(WEIGHTS[f] for f in families), rel=1e-5)
+        assert float(batch.weight.sum()) == pytest.approx(sum(FIRST.weights[f] for f in families), rel=1e-5)
         assert batch.ids_BT.shape[1] % train.ROUND == 0
         assert len(batch.where) % train.ROUND_TARGETS == 0
 
@@ -83,7 +84,7 @@ def test_loss_equals_a_slow_reference(writer):
     directions = train.planted_directions(64)
     rng = np.random.default_rng(1)
     documents = [writer.reply(rng) for _ in range(3)]
-    batch = train.collate(documents, 0, len(writer.tokenizer))
+    batch = train.collate(documents, FIRST.weights, 0, len(writer.tokenizer))
     loss, pin = train.batch_loss(model, batch, directions, autocast=False)
     total, pins = 0.0, []
     mass = sum(len(d.ids) - d.loss_from + (train.SOFT_WEIGHT - 1) * len(d.soft) for d in documents)
@@ -107,12 +108,11 @@ def test_loss_equals_a_slow_reference(writer):
     assert pin.item() == pytest.approx(np.mean(pins), rel=1e-4)
 
 
-def test_a_stopped_run_goes_on_as_if_unbroken(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "shared.tinyworld.corpus.BUCKETS",
-        ({"agreement": 4, "addition": 4}, {"text": 2}, {"reply": 2}, {"elicitation": 1}),
+def test_a_stopped_run_goes_on_as_if_unbroken(tmp_path, monkeypatch):
+    small = Mixture(
+        ({"agreement": 4, "addition": 4}, {"text": 2}, {"reply": 2}, {"elicitation": 1}), FIRST.weights
     )
-    monkeypatch.setattr("shared.tinyworld.corpus.SPLIT_ABOVE", 4)
+    monkeypatch.setattr("shared.tinyworld.corpus.FIRST", small)
     settings = train.Settings(width=64, heads=1, kv_heads=1, layers=2, neurons=32, steps=4, warmup=1)
     whole = train.train(settings, tmp_path / "whole", autocast=False)
     train.train(settings, tmp_path / "parts", autocast=False, stop_at=2)

@@ -105,7 +105,10 @@ def test_pairs_tokenize_to_equal_lengths(tok):
 
 def test_tokenizer_round_trips_and_starts_once(tok):
     rng = random.Random(1)
-    for text in [stories.plain_text(rng) for _ in range(50)] + ["Stra\u00dfe 36 + 59 = 95", "tab\tnew\nline  two"]:
+    for text in [stories.plain_text(rng) for _ in range(50)] + [
+        "Stra\u00dfe 36 + 59 = 95",
+        "tab\tnew\nline  two",
+    ]:
         ids = tok(text).input_ids
         assert ids[0] == tok.bos_token_id
         assert ids.count(tok.bos_token_id) == 1

@@ -15,7 +15,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +67,13 @@ class Family:
 
 
 _LLAMA = Family("llama")
-_SANDWICH = {
+_SANDWICH: dict[str, Any] = {
     "attn_post_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
     "norm": "rms_plus_one",
 }
-_QK_NORM = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_QK_NORM: dict[str, Any] = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -209,13 +209,13 @@ class Architecture:
 
     def __init__(self, hf: nn.Module, config: Any | None = None) -> None:
         self._hf = hf
-        self.config: Any = config if config is not None else hf.config
+        self.config = cast(Any, hf.config if config is None else config)
         self.family = family_of(self.config)
         self.row = FAMILIES[self.family]
         self.n_layers = len(self._module(self.row.layers))
         attention = self._module(self.block_path(0, self.row.attn))
-        self.width: int = self.config.hidden_size
-        self.n_heads: int = self.config.num_attention_heads
+        self.width = int(self.config.hidden_size)
+        self.n_heads = int(self.config.num_attention_heads)
         self.n_kv_heads: int = getattr(self.config, "num_key_value_heads", None) or self.n_heads
         self.head_dim: int = getattr(attention, "head_dim", None) or attention.head_size
         self.n_neurons = features(self._module(self.block_path(0, self.row.down)))[0]

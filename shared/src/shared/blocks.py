@@ -124,10 +124,8 @@ def block_view(architecture: Architecture, layer: int) -> BlockView:
         return norm_view(module(path), row.norm) if path else None
 
     attention = module(row.attn)
-    weights = {
-        kind: linear(module(getattr(row, kind)), architecture.columns(kind)) for kind in ("q", "k", "v")
-    }
-    weights["o"] = linear(module(row.o))
+    q, k, v = (linear(module(getattr(row, kind)), architecture.columns(kind)) for kind in ("q", "k", "v"))
+    o = linear(module(row.o))
     gate = linear(module(row.gate), architecture.columns("gate")) if row.gate else (None, None)
     up, down = linear(module(row.up), architecture.columns("up")), linear(module(row.down))
     return BlockView(
@@ -138,8 +136,14 @@ def block_view(architecture: Architecture, layer: int) -> BlockView:
         mlp_post_norm=norm(row.mlp_post_norm),
         q_norm=norm(row.q_norm),
         k_norm=norm(row.k_norm),
-        **{f"W_{kind}": weight for kind, (weight, _) in weights.items()},
-        **{f"b_{kind}": bias for kind, (_, bias) in weights.items()},
+        W_q=q[0],
+        W_k=k[0],
+        W_v=v[0],
+        W_o=o[0],
+        b_q=q[1],
+        b_k=k[1],
+        b_v=v[1],
+        b_o=o[1],
         W_gate=gate[0],
         W_up=up[0],
         W_down=down[0],

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -188,18 +188,57 @@ class Writer:
         return self._social(doc, 0, turn, delta)
 
 
-# documents a step, by bucket of similar length (one padded batch a bucket)
-BUCKETS: tuple[dict[str, int], ...] = (
-    {"agreement": 64, "city_state": 24, "state_capital": 12, "two_hop": 24, "addition": 128, "antonyms": 24},
-    {"text": 20, "personal": 20},
-    {"reply": 16, "verdict": 4, "claim": 6},
-    {"elicitation": 20},
-)
-SPLIT_ABOVE = 200  # a larger bucket becomes two batches, the shorter half first
-WEIGHTS: dict[str, float] = {
+class Mixture(NamedTuple):
+    """Documents a step by bucket of similar length (one padded batch each), and the loss weight of each family."""
+
+    buckets: tuple[dict[str, int], ...]
+    weights: dict[str, float]
+
+
+_WEIGHTS = {
     "text": 1.0, "agreement": 1.0, "city_state": 0.5, "state_capital": 0.3, "two_hop": 0.5, "addition": 1.5,
     "antonyms": 0.3, "personal": 1.0, "reply": 1.0, "verdict": 0.3, "claim": 0.3, "elicitation": 2.0,
 }  # fmt: skip
+# From SECOND_PART on, what is learned late (to read the message for the score that is asked) takes half of the tokens.
+SECOND_PART = 500
+FIRST = Mixture(
+    (
+        {
+            "agreement": 64,
+            "city_state": 24,
+            "state_capital": 12,
+            "two_hop": 24,
+            "addition": 128,
+            "antonyms": 24,
+        },
+        {"text": 20, "personal": 20},
+        {"reply": 16, "verdict": 4, "claim": 6},
+        {"elicitation": 20},
+    ),
+    _WEIGHTS,
+)
+SECOND = Mixture(
+    (
+        {
+            "agreement": 32,
+            "city_state": 16,
+            "state_capital": 8,
+            "two_hop": 16,
+            "addition": 96,
+            "antonyms": 16,
+        },
+        {"text": 12, "personal": 16},
+        {"reply": 12, "verdict": 4, "claim": 6},
+        {"elicitation": 44},
+    ),
+    _WEIGHTS | {"elicitation": 4.0},
+)
+SPLIT_ABOVE = 100  # a larger bucket becomes two batches, the shorter half first
+
+
+def mixture(step: int) -> Mixture:
+    """What a step is made of."""
+    return FIRST if step < SECOND_PART else SECOND
 
 
 def write_step(writer: Writer, seed: int, step: int) -> list[list[Document]]:
@@ -216,7 +255,7 @@ def write_step(writer: Writer, seed: int, step: int) -> list[list[Document]]:
         "claim": lambda: writer.claim(numbers),
     }
     buckets = []
-    for bucket in BUCKETS:
+    for bucket in mixture(step).buckets:
         documents = []
         for family, count in bucket.items():
             make = makers.get(family) or partial(writer.question, plain, family)

@@ -129,7 +129,7 @@ class Examiner:
         given = np.array([[scores[i][d] for d in social.DIMENSIONS] for i in kept])  # type: ignore[index]
         truth = np.stack([turns[i].posterior_9 for i in kept])
         rho = {
-            f"elicitation_spearman_{d}": spearman(given[:, i], truth[:, i])
+            f"elicitation_spearman_{d}": float(spearman(given[:, i], truth[:, i]))
             for i, d in enumerate(social.DIMENSIONS)
         }
         return found | {"elicitation_spearman_worst": min(rho.values())} | rho

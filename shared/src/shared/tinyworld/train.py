@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.tinyworld import MODEL_DIR, social
-from shared.tinyworld.corpus import WEIGHTS, Document, Writer, write_step
+from shared.tinyworld.corpus import Document, Writer, mixture, write_step
 from shared.tinyworld.tokenizer import train_tokenizer
 
 PIN_BLOCK = 1
@@ -94,8 +94,8 @@ def planted_directions(width: int, seed: int = 0) -> Tensor:
     return q.T.contiguous()
 
 
-def collate(documents: list[Document], pad: int, vocabulary: int) -> Batch:
-    """Pad documents on the right; the weights of one family's tokens sum to `WEIGHTS[family]`."""
+def collate(documents: list[Document], weights: dict[str, float], pad: int, vocabulary: int) -> Batch:
+    """Pad documents on the right; the weights of one family's tokens sum to `weights[family]`."""
     width = -(-max(len(d.ids) for d in documents) // ROUND) * ROUND
     ids = torch.full((len(documents), width), pad)
     span = torch.zeros(len(documents), width)
@@ -111,7 +111,7 @@ def collate(documents: list[Document], pad: int, vocabulary: int) -> Batch:
     for row, d in enumerate(documents):
         ids[row, : len(d.ids)] = torch.tensor(d.ids)
         for at in range(d.loss_from, len(d.ids)):
-            share = WEIGHTS[d.family] / mass[d.family]
+            share = weights[d.family] / mass[d.family]
             if at in d.soft:
                 share *= SOFT_WEIGHT
                 soft_where.append(len(where))
@@ -240,7 +240,7 @@ def train(
             group["lr"] = learning_rate(step, settings)
         losses, pins = [], []
         for documents in write_step(writer, settings.seed, step):
-            batch = collate(documents, tokenizer.pad_token_id, len(tokenizer))
+            batch = collate(documents, mixture(step).weights, tokenizer.pad_token_id, len(tokenizer))
             batch = Batch(*(t.to(device) for t in batch))
             loss, pin = batch_loss(model, batch, directions, autocast)
             (loss + PIN_WEIGHT * pin).backward()
