@@ -1,6 +1,7 @@
 """A tiny random Llama, adapters for it in memory and on disk, and the checker of `preft_cases`."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,18 @@ from preft_cases import CONFIGS, Checker, stir
 from preft.adapters import Adapter
 from preft.formats import save_adapter
 from shared.models import Model, ModelConfig, load
+
+
+@pytest.fixture(scope="session")
+def plugin() -> None:
+    """vLLM imported (its import warns about its own dependencies) and the plugin registered, without an engine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from vllm import LLM  # noqa: F401
+
+        from preft.vllm.plugin import register
+
+        register()
 
 
 @pytest.fixture(scope="session")

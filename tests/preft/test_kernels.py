@@ -11,7 +11,7 @@ from torch import Tensor
 
 from preft.vllm.kernels import PLAIN, expand_, segmented_wrapper, segments, shrink_, slots_of
 
-pytestmark = pytest.mark.xdist_group("vllm")
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
 SLOTS, RANK, WIDTH, OUT = 3, 4, 6, 5
 slot_maps = st.lists(st.integers(PLAIN, SLOTS - 1), min_size=1, max_size=14)
 

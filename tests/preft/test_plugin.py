@@ -11,12 +11,7 @@ from preft.vllm import plugin, runner
 from preft.vllm.identity import AdapterIdentity
 from shared.tokens import Phase
 
-pytestmark = pytest.mark.xdist_group("vllm")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered() -> None:
-    plugin.register()
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
 
 
 def test_vllm_finds_the_plugin_by_its_entry_point() -> None:

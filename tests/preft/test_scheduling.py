@@ -8,19 +8,12 @@ from typing import Any
 
 import pytest
 
-from preft.vllm import scheduling
 from preft.vllm.identity import AdapterIdentity, AdapterRegistry, read_identity
-from preft.vllm.plugin import register
 from preft.vllm.scheduling import block_keys
 from shared.tokens import Phase
 
-pytestmark = pytest.mark.xdist_group("vllm")
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
 BLOCK = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plugin() -> None:
-    register()
 
 
 def make_request(lora: Any, prompt: int, total: int | None = None, first: int = 0) -> Any:
@@ -185,8 +178,3 @@ class TestIdentity:
         assert registry.resolve(lora) is known
         registry.forget(5)
         assert registry.resolve(lora) is not known
-
-
-def test_streaming_input_and_phases_meet_nowhere_else() -> None:
-    """The getter is all that stands between an engine without adapters and stock vLLM."""
-    assert isinstance(scheduling.get_lora_request(make_request(None, 3)), type(None))
