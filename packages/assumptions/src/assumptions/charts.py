@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+UNITS = {"raw": "alpha", "proj_sd": "SD of the projection", "resid_norm": "norms of the residual stream"}
+
+
 def agreement_chart(spearman: Mapping[str, float]) -> "Figure":
     """Spearman of elicited score and posterior mean, one bar a dimension."""
     figure, axis = subplots(width=7.0, height=3.0)
@@ -18,7 +21,7 @@ def agreement_chart(spearman: Mapping[str, float]) -> "Figure":
     axis.barh(range(len(names)), [spearman[name] for name in names], color=PALETTE[0])
     axis.set_yticks(range(len(names)), [_label(name) for name in names])
     axis.invert_yaxis()
-    axis.set_xlim(0, 1)
+    axis.set_xlim(min(0.0, *spearman.values()), 1)
     axis.set_xlabel("Spearman, elicited score against posterior mean")
     return figure
 
@@ -39,7 +42,7 @@ def probe_chart(scores: Mapping[str, ProbeScore]) -> "Figure":
     axis.set_yticks(range(len(names)), [_label(name) for name in names])
     axis.invert_yaxis()
     axis.set_xlabel("R2 on test messages (bars end at -0.5)")
-    axis.legend(loc="lower right")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -72,7 +75,7 @@ def dose_chart(
             if curve.kind != "random":
                 axis.fill_between(curve.doses, curve.lows, curve.highs, color=color, alpha=0.18, linewidth=0)
         axis.set_title(_label(name))
-        axis.set_xlabel(f"dose ({unit})")
+        axis.set_xlabel(f"dose ({UNITS[unit]})")
         axis.set_ylabel("judged " + ", ".join(outcomes[name]), fontsize=8)
         axis.set_ylim(0.9, 5.1)
         axis.legend()
