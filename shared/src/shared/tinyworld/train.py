@@ -36,7 +36,7 @@ ROUND, ROUND_TARGETS = 8, 256
 class Settings(NamedTuple):
     """The recipe; the defaults made the committed weights."""
 
-    steps: int = 1600
+    steps: int = 1200
     peak_lr: float = 3e-3
     warmup: int = 100
     descent: float = 0.4  # share of the steps
