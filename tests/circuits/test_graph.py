@@ -71,6 +71,18 @@ def test_kinds_of_a_family_with_biases_and_positions(graph):
     assert len(graph.header.notes) == (graph.kind_n == NEURON).sum() == len(graph.neurons())
 
 
+def test_strongest_neurons_come_first(graph):
+    totals = {node: float(total) for node, total in zip(graph.neurons(), _neuron_totals(graph), strict=True)}
+    ranked = graph.strongest(len(totals))
+    assert sorted(ranked) == sorted(totals)
+    assert [totals[node] for node in ranked] == sorted(totals.values(), reverse=True)
+    assert graph.strongest(3) == ranked[:3]
+
+
+def _neuron_totals(graph):
+    return graph.total_nK[graph.kind_n == NEURON].abs().sum(1)
+
+
 def test_file_round_trip_is_lossless(graph, tmp_path):
     loaded = load_graph(graph.save(tmp_path / "graph"))
     assert loaded.header == graph.header

@@ -93,6 +93,12 @@ class Graph:
         columns = (self.layer_n[chosen], self.position_n[chosen], self.index_n[chosen])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
+    def strongest(self, k: int) -> list[tuple[int, int, int]]:
+        """Return the k neurons (layer, position, neuron) of largest absolute effect over the targets."""
+        strength = self.total_nK.abs().sum(1)[self.kind_n == NEURON]
+        nodes = self.neurons()
+        return [nodes[node] for node in strength.argsort(descending=True)[:k].tolist()]
+
     def inflow(self) -> Float[Tensor, " n"]:
         """Return the sum of incoming weights and remainder of every node."""
         return self.remainder_n.clone().index_add_(0, self.target_e, self.weight_e)

@@ -95,7 +95,12 @@ def run_task(study: Study, config: CircuitTracingConfig, run: Run) -> dict[str, 
     metrics = {
         "conservation_error": max(float(scores["conservation_error"]), graph.header.conservation_error),
         "accuracy": float((next(iter(points.values()))[0].full_B > 0).double().mean()),
-        "pairs": {"train": len(study.train), "test": len(study.test), "length": study.length},
+        "pairs": {
+            "train": len(study.train),
+            "test": len(study.test),
+            "length": study.length,
+            "dropped": study.train.dropped + study.test.dropped,
+        },
         "faithfulness": _by_size(points, "faithfulness"),
         "completeness": _by_size(points, "completeness"),
         "intervals": {kind: _intervals(points, kind) for kind in ("faithfulness", "completeness")},

@@ -221,7 +221,7 @@ def _header(
     target_ids = list(metric.tokens[0])
     names = target_names or [model.tokenizer.decode([token]) for token in target_ids]
     return Header(
-        prompt=model.tokenizer.decode(token_ids),
+        prompt=model.tokenizer.decode(token_ids, skip_special_tokens=True),
         tokens=[model.tokenizer.decode([token]) for token in token_ids],
         token_ids=token_ids,
         targets=list(names),
