@@ -1,4 +1,4 @@
-"""`vllm serve`: the front process and the engine process each find the plugin by its entry point."""
+"""vLLM's OpenAI-compatible server: the front process and the engine process each find the plugin by its entry point."""
 
 import json
 import os
@@ -53,14 +53,9 @@ def server(
         "--max-cpu-loras": "8",
         "--distributed-executor-backend": "uni",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        str(model_folder),
-        "--enforce-eager",
-    ]
+    # Not the `vllm` command: in the CPU distribution it looks up a package name that is not installed.
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [*server, "--model", str(model_folder), "--enforce-eager"]
     command += [part for pair in settings.items() for part in pair]
     command += ["--enable-lora", "--lora-modules", *(f"{name}={folders[name]}" for name in NAMES)]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}

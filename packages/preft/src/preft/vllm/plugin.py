@@ -127,8 +127,9 @@ def moved_ground() -> list[str]:
     """The patched functions whose signature is not the expected one, each with what was found."""
     moved = []
     for patch in (*PATCHES, HASH_KEYS):
-        function = inspect.unwrap(getattr(_owner(patch), patch.name, None) or _missing)
-        found = tuple(inspect.signature(getattr(function, MARK, function)).parameters)
+        function = getattr(_owner(patch), patch.name, None) or _missing
+        original = inspect.unwrap(getattr(function, MARK, function))
+        found = tuple(inspect.signature(original).parameters)
         if found != patch.parameters:
             moved.append(
                 f"{patch.module}.{patch.owner or ''}.{patch.name}({', '.join(found)})".replace("..", ".")
