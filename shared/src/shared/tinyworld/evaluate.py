@@ -50,7 +50,7 @@ def evaluate(folder: Path = MODEL_DIR, n: int = 400, quick: bool = False) -> dic
     if not quick:
         table |= (
             examiner.forced(turns)
-            | examiner.organism(turns[:100])
+            | examiner.organism(turns[:60])
             | {"text_perplexity": examiner.perplexity(n)}
         )
     return table
@@ -100,8 +100,8 @@ The embedded model: a Llama (4 layers, width 256, 4 query and 2 key/value heads 
 2,560, tied embeddings; 3.8 million parameters, float16) trained from scratch by `make tinyworld` on text that the
 generator in this package writes from a seed. Nothing else was used; weights and text are under the project's licence.
 
-It is a planted organism: the residual stream after block 1 carries nine directions (`directions.safetensors`) along
-which a message's latents can be read and shifted; see `social.py` and `train.py`.
+It is a planted organism: the residual stream after block 1 carries nine directions along which
+a message's latents can be read and shifted (`planted/directions.safetensors`); see `social.py` and `train.py`.
 
 Held-out test sets from the generator, in float32; `python -m shared.tinyworld.evaluate` makes the table again.
 
@@ -117,15 +117,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("-n", type=int, default=400)
     args = parser.parse_args()
-    table = evaluate(args.folder, args.n, args.quick)
+    table = {name: round(value, 4) for name, value in evaluate(args.folder, args.n, args.quick).items()}
     for name, value in table.items():
         floor = FLOORS.get(name)
         mark = "" if floor is None else ("ok" if value >= floor else "BELOW")
         print(f"{name:45s} {value:7.4f}  {'' if floor is None else floor}  {mark}")
     if not args.quick:
-        (args.folder / "evaluation.json").write_text(
-            json.dumps({k: round(v, 4) for k, v in table.items()}, indent=1) + "\n"
-        )
+        (args.folder / "evaluation.json").write_text(json.dumps(table, indent=1) + "\n")
         (args.folder / "README.md").write_text(readme(table))
 
 
