@@ -193,9 +193,7 @@ def test_runner_v2_maps_a_step_in_its_own_order() -> None:
     assert {lora.lora_int_id for lora in active} == {1, 2, 3, 4}
     decoding = [ids[1]]  # a prefill-only adapter on a decoding request: the base graph
     assert get_num_active_loras_for_dispatch(object(), state, decoding, False) == 0
-    assert (
-        get_num_active_loras_for_dispatch(object(), state, ids, False) == 4 + 1
-    )  # 2 is there twice, as two objects
+    assert get_num_active_loras_for_dispatch(object(), state, ids, False) == 4
 
 
 def test_a_step_without_adapted_tokens_replays_the_base_graph() -> None:

@@ -12,8 +12,20 @@ from preft.vllm.identity import AdapterIdentity, AdapterRegistry, read_identity
 from preft.vllm.scheduling import block_keys
 from shared.tokens import Phase
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
+pytestmark = pytest.mark.xdist_group("vllm")
 BLOCK = 8
+
+
+def digest(value: Any) -> bytes:
+    return hashlib.sha256(repr(value).encode()).digest()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def first_parent(plugin: None) -> None:
+    """Every chain of hashes starts from one value that vLLM draws at random when its engine starts."""
+    from vllm.v1.core.kv_cache_utils import init_none_hash
+
+    init_none_hash(digest)
 
 
 def make_request(lora: Any, prompt: int, total: int | None = None, first: int = 0) -> Any:
@@ -21,9 +33,6 @@ def make_request(lora: Any, prompt: int, total: int | None = None, first: int = 
     from vllm import SamplingParams
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher
     from vllm.v1.request import Request
-
-    def digest(value: Any) -> bytes:
-        return hashlib.sha256(repr(value).encode()).digest()
 
     request = Request(
         request_id="r",

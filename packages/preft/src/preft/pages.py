@@ -54,8 +54,8 @@ def _caption(config: "AdapterServingConfig", n_users: int) -> str:
     return (
         f"Left: held-out loss, mean of {n_users} users (dots: users). Right: generated tokens a second; "
         f"{trace.requests} concurrent requests over {trace.adapters} adapters, {trace.prompt_tokens} prompt and "
-        f"{trace.new_tokens} generated tokens, median and range of {trace.repeats} rounds. One engine with LoRA enabled; "
-        "all arms use this project's operators, the all-token LoRA too (stock vLLM's are slower on a CPU)."
+        f"{trace.new_tokens} generated tokens, median and range of {trace.repeats} rounds. One engine with LoRA "
+        "enabled; all arms use this project's operators, the all-token LoRA too (stock vLLM's are slower on a CPU)."
     )
 
 
