@@ -11,12 +11,12 @@ from assumptions.dimensions import NAMES
 from assumptions.doses import UNEDITED, Reply, dose_response, steer
 from assumptions.elicitation import ElicitationSettings
 from assumptions.outcomes import OUTCOMES, Judgement
-from assumptions.pipeline import PIPELINE, AssumptionProbingConfig, SteeringSettings
+from assumptions.pipeline import PIPELINE, AssumptionProbingConfig, JudgeSettings, SteeringSettings
 from assumptions.scripted import ScriptedGenerator
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.steering import Direction
 from shared.errors import UserError
-from shared.generation import Sampling
+from shared.generation import Completion, Sampling
 from shared.models import ModelConfig, load
 from shared.runs import start_run
 from shared.serialize import plain, read_json
@@ -107,7 +107,8 @@ class TestSteeredReplies:
         ({"steering": SteeringSettings(dimensions=["kindness"])}, "no dimension"),
         ({"steering": SteeringSettings(doses=[1.0, 2.0, 3.0])}, "needs 0"),
         ({"elicitation": ElicitationSettings(samples=4)}, "temperature"),
-        ({"data": "mine.csv"}, "judge"),
+        ({"data": "mine.csv"}, "judge.kind=server"),
+        ({"data": "mine.csv", "judge": JudgeSettings("server")}, "judge.url"),
     ],
 )
 def test_settings_are_refused_before_a_model_is_loaded(options, match):
@@ -167,3 +168,46 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
     assert (
         read_json(tmp_path / "run" / "stages.json")["features.safetensors"] == stages["features.safetensors"]
     )
+
+
+def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
+    """A file of chats, no truth known, replies judged by a model; a resumed run asks neither engine nor judge."""
+    from assumptions import pipeline
+
+    path = tmp_path / "mine.csv"
+    turns = [turn.text for turn in social.sample_turns(40, seed=9)]
+    path.write_text("prompt\n" + "".join(f"{turn}\n" for turn in turns))
+
+    def truth(prompt):
+        counts = social.read_counts(prompt.split("<message>")[2].split("</message>")[0])
+        return {name: float(score) for name, score in zip(NAMES, social.posterior_mean(counts))}
+
+    asked = []
+
+    class Grader:
+        def generate(self, requests, sampling):
+            asked.extend(requests)
+            return [[Completion("4" if len(asked) % 2 else "no grade", [], [], "stop")] for _ in requests]
+
+        def close(self):
+            pass
+
+    engine = ScriptedGenerator(pipeline.instrument("nine_scores").shape(), truth)
+    monkeypatch.setattr(pipeline, "start_engine", lambda *_: engine)
+    monkeypatch.setattr(pipeline, "start_judge", lambda *_: Grader())
+    steering = SteeringSettings(
+        ["user_rightness"], doses=[-1.0, 0.0, 1.0], random=0, messages=3, max_tokens=3
+    )
+    judge = JudgeSettings("server", "http://127.0.0.1:1/v1", "grader")
+    config = AssumptionProbingConfig(
+        str(path), {"text": "prompt"}, 40, "nine_scores", shuffles=1, steering=steering, judge=judge
+    )
+    for _ in range(2):
+        with start_run(tmp_path / "run", {"settings": config}, seed=0) as run:
+            metrics = PIPELINE.run(config, ModelConfig("random:llama"), run)
+    assert engine.asked == 40
+    assert len(asked) == 3 * 3 * 3  # doses, messages, outcomes; once
+    assert "spearman" not in metrics
+    assert metrics["json_valid"] == 1.0
+    assert set(metrics["probe"]) == set(NAMES)
+    assert metrics["slope_over_largest_random"] == {"user_rightness": None}

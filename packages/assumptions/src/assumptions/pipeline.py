@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from assumptions.chats import Chat
 from assumptions.dimensions import NAMES, SIGNS, dimension
@@ -22,7 +23,7 @@ from assumptions.elicitation import Elicitation, ElicitationSettings, check, eli
 from assumptions.evaluation import ProbeScore, evaluate_probes
 from assumptions.features import Features, Span, capture_features, load_features, save_features
 from assumptions.instruments import Instrument, instrument
-from assumptions.outcomes import Exchange, LexicalJudge
+from assumptions.outcomes import Exchange, Judgement, LexicalJudge, ModelJudge
 from assumptions.pages import add_elicitation, add_probes, add_steering
 from assumptions.probe_files import save_probes
 from assumptions.probes import ProbeSet, fit_probes
@@ -31,7 +32,15 @@ from assumptions.splits import group_split
 from assumptions.steering import Direction, Unit, pattern_direction, probe_direction, random_directions
 from shared.data import read_rows, write_rows
 from shared.errors import UserError
-from shared.generation import Completion, Generator, HFGenerator, Request, Sampling, VLLMGenerator
+from shared.generation import (
+    Completion,
+    Generator,
+    HFGenerator,
+    OpenAIGenerator,
+    Request,
+    Sampling,
+    VLLMGenerator,
+)
 from shared.interventions import save_interventions
 from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run, config_hash
@@ -54,6 +63,17 @@ class SteeringSettings:
 
 
 @dataclass
+class JudgeSettings:
+    """Who judges the replies: the embedded world's exact judge, or a model on an OpenAI-compatible server."""
+
+    kind: Literal["lexical", "server"] = "lexical"
+    url: str = ""
+    model: str = ""
+    repeats: int = 1
+    temperature: float = 0.0
+
+
+@dataclass
 class AssumptionProbingConfig:
     """Settings of assumption_probing.
 
@@ -70,6 +90,7 @@ class AssumptionProbingConfig:
     span: Span = "user"
     shuffles: int = 5
     steering: SteeringSettings = field(default_factory=SteeringSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
 
     def __post_init__(self) -> None:
         for name in self.steering.dimensions:
@@ -82,9 +103,13 @@ class AssumptionProbingConfig:
             raise UserError("engine hf has no grammar: set pipeline.elicitation.guided=false, or engine=vllm")
         if 0.0 not in self.steering.doses or len(set(self.steering.doses)) < 3:
             raise UserError("steering.doses needs 0 and at least two other doses")
-        if self.data != "tinyworld":
+        if self.judge.kind == "server" and not (self.judge.url and self.judge.model):
             raise UserError(
-                "data other than tinyworld needs a judge of free text, which this pipeline has not yet"
+                "judge.kind=server needs judge.url and judge.model; the key is read from OPENAI_API_KEY"
+            )
+        if self.data != "tinyworld" and self.judge.kind == "lexical":
+            raise UserError(
+                "the lexical judge reads replies of the embedded model only: set judge.kind=server"
             )
         check(instrument(self.instrument), self.elicitation)
 
@@ -97,10 +122,9 @@ def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) ->
     metrics = elicitation_metrics(elicitation, messages)
     add_elicitation(run.report, instrument(config.instrument), elicitation, messages, metrics)
 
-    chats, labels = labelled(messages.chats, elicitation)
-    features = captured(config, model, messages.chats, run).rows(
-        [messages.chats.index(chat) for chat in chats]
-    )
+    rows, labels = labelled(messages.chats, elicitation)
+    chats = [messages.chats[row] for row in rows]
+    features = captured(config, model, messages.chats, run).rows(rows)
     split = group_split(chats, run.seed)
     label = instrument(config.instrument).id
     probes, chosen = fit_probes(features, labels, NAMES, split, label)
@@ -169,8 +193,8 @@ def elicitation_metrics(elicitation: Elicitation, messages: Messages) -> dict[st
     return metrics
 
 
-def labelled(chats: Sequence[Chat], elicitation: Elicitation) -> tuple[list[Chat], torch.Tensor]:
-    """The chats with a score in every dimension, and these scores (B 9)."""
+def labelled(chats: Sequence[Chat], elicitation: Elicitation) -> tuple[list[int], Float[torch.Tensor, "B 9"]]:
+    """Rows of the chats with a score in every dimension, and these scores (B 9); UserError when there are few."""
     scores = elicitation.scores([chat.id for chat in chats], NAMES)
     read = np.isfinite(scores).all(axis=1)
     if read.sum() < 20:
@@ -178,7 +202,7 @@ def labelled(chats: Sequence[Chat], elicitation: Elicitation) -> tuple[list[Chat
             f"only {read.sum()} of {len(chats)} answers gave all nine scores, too few for probes: see the elicitation "
             "file for what the model wrote"
         )
-    return [chat for chat, kept in zip(chats, read, strict=True) if kept], torch.from_numpy(scores[read])
+    return np.flatnonzero(read).tolist(), torch.from_numpy(scores[read])
 
 
 def captured(config: AssumptionProbingConfig, model: Model, chats: Sequence[Chat], run: Run) -> Features:
@@ -228,12 +252,31 @@ def steer_and_judge(
             write_rows(path, replies)
     replies = read_rows(stage.path, Reply)
     turns = {chat.id: chat.turn for chat in chats}
-    judgements = LexicalJudge().judge([Exchange(turns[reply.chat], reply.text) for reply in replies])
+    exchanges = [Exchange(turns[reply.chat], reply.text) for reply in replies]
+    judgements = judged(config.judge, exchanges, run, probes.weights_hash)
     curves = {
         name: [dose_response(replies, judgements, one, moved_outcomes(config.data, name)) for one in family]
         for name, family in families.items()
     }
     return curves, replies
+
+
+def judged(settings: JudgeSettings, exchanges: Sequence[Exchange], run: Run, key: str) -> list[Judgement]:
+    """The judgement of every exchange; a server's are kept in a file, the exact judge's are computed anew."""
+    if settings.kind == "lexical":
+        return LexicalJudge().judge(exchanges)
+    with closing(start_judge(settings)) as engine:
+        judge = ModelJudge(engine, settings.model, settings.repeats, settings.temperature, run.seed)
+        rows = run.json_stage(f"judgements-{key}.json", lambda: judge.judge(exchanges))
+    return [
+        Judgement(row["scores"], {name: tuple(row["written"][name]) for name in row["written"]})
+        for row in rows
+    ]
+
+
+def start_judge(settings: JudgeSettings) -> Generator:
+    """The engine that judges."""
+    return OpenAIGenerator(settings.url, settings.model)
 
 
 def direction_family(probes: ProbeSet, name: str, settings: SteeringSettings, seed: int) -> list[Direction]:
