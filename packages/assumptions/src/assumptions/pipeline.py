@@ -9,27 +9,27 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
 from assumptions.chats import Chat
-from assumptions.dimensions import NAMES, SIGNS, dimension
+from assumptions.dimensions import NAMES, SIGNS
 from assumptions.doses import Condition, Curve, Reply, dose_response, steer
-from assumptions.elicitation import Elicitation, ElicitationSettings, check, elicit, header
+from assumptions.elicitation import Elicitation, elicit, header
 from assumptions.evaluation import ProbeScore, evaluate_probes
-from assumptions.features import Features, Span, capture_features, load_features, save_features
+from assumptions.features import Features, capture_features, load_features, save_features
 from assumptions.instruments import Instrument, instrument
 from assumptions.outcomes import Exchange, Judgement, LexicalJudge, ModelJudge
 from assumptions.pages import add_elicitation, add_probes, add_steering
 from assumptions.probe_files import save_probes
 from assumptions.probes import ProbeSet, fit_probes
+from assumptions.settings import AssumptionProbingConfig, JudgeSettings, SteeringSettings
 from assumptions.sources import Messages, load_messages, moved_outcomes
 from assumptions.splits import group_split
-from assumptions.steering import Direction, Unit, pattern_direction, probe_direction, random_directions
+from assumptions.steering import Direction, pattern_direction, probe_direction, random_directions
 from shared.data import read_rows, write_rows
 from shared.errors import UserError
 from shared.generation import (
@@ -45,73 +45,6 @@ from shared.interventions import save_interventions
 from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run, config_hash
 from shared.stats import spearman
-
-
-@dataclass
-class SteeringSettings:
-    """How replies are steered: which dimensions along which kind of direction, at which doses, with which controls."""
-
-    dimensions: list[str] = field(default_factory=lambda: ["validation_seeking", "objectivity_seeking"])
-    kind: Literal["probe", "pattern"] = "probe"
-    doses: list[float] = field(default_factory=lambda: [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
-    unit: Unit = "proj_sd"
-    random: int = 3
-    messages: int = 32
-    max_tokens: int = 80
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
-@dataclass
-class JudgeSettings:
-    """Who judges the replies: the embedded world's exact judge, or a model on an OpenAI-compatible server."""
-
-    kind: Literal["lexical", "server"] = "lexical"
-    url: str = ""
-    model: str = ""
-    repeats: int = 1
-    temperature: float = 0.0
-
-
-@dataclass
-class AssumptionProbingConfig:
-    """Settings of assumption_probing.
-
-    `data`: "tinyworld" (held-out messages whose truth is known) or a file of chats, whose column names `columns` maps.
-    `instrument`: a name of `assumptions.instruments` that scores all nine dimensions. `engine` answers it.
-    """
-
-    data: str = "tinyworld"
-    columns: dict[str, str] = field(default_factory=dict)
-    messages: int = 300
-    instrument: str = "tinyworld_nine"
-    engine: Literal["vllm", "hf"] = "vllm"
-    elicitation: ElicitationSettings = field(default_factory=lambda: ElicitationSettings(max_tokens=256))
-    span: Span = "user"
-    shuffles: int = 5
-    steering: SteeringSettings = field(default_factory=SteeringSettings)
-    judge: JudgeSettings = field(default_factory=JudgeSettings)
-
-    def __post_init__(self) -> None:
-        for name in self.steering.dimensions:
-            dimension(name)
-        if instrument(self.instrument).dimensions != NAMES:
-            raise UserError(
-                f"instrument {self.instrument!r} does not score all nine dimensions; take nine_scores"
-            )
-        if self.engine == "hf" and self.elicitation.guided:
-            raise UserError("engine hf has no grammar: set pipeline.elicitation.guided=false, or engine=vllm")
-        if 0.0 not in self.steering.doses or len(set(self.steering.doses)) < 3:
-            raise UserError("steering.doses needs 0 and at least two other doses")
-        if self.judge.kind == "server" and not (self.judge.url and self.judge.model):
-            raise UserError(
-                "judge.kind=server needs judge.url and judge.model; the key is read from OPENAI_API_KEY"
-            )
-        if self.data != "tinyworld" and self.judge.kind == "lexical":
-            raise UserError(
-                "the lexical judge reads replies of the embedded model only: set judge.kind=server"
-            )
-        check(instrument(self.instrument), self.elicitation)
 
 
 def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) -> dict[str, Any]:

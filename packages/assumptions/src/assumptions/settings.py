@@ -1,0 +1,78 @@
+"""Settings of the assumption_probing pipeline, refused when they do not fit each other, before a model is loaded."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from assumptions.dimensions import NAMES, dimension
+from assumptions.elicitation import ElicitationSettings, check
+from assumptions.features import Span
+from assumptions.instruments import instrument
+from assumptions.steering import Unit
+from shared.errors import UserError
+
+
+@dataclass
+class SteeringSettings:
+    """How replies are steered: which dimensions along which kind of direction, at which doses, with which controls."""
+
+    dimensions: list[str] = field(default_factory=lambda: ["validation_seeking", "objectivity_seeking"])
+    kind: Literal["probe", "pattern"] = "probe"
+    doses: list[float] = field(default_factory=lambda: [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
+    unit: Unit = "proj_sd"
+    random: int = 3
+    messages: int = 32
+    max_tokens: int = 80
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass
+class JudgeSettings:
+    """Who judges the replies: the embedded world's exact judge, or a model on an OpenAI-compatible server."""
+
+    kind: Literal["lexical", "server"] = "lexical"
+    url: str = ""
+    model: str = ""
+    repeats: int = 1
+    temperature: float = 0.0
+
+
+@dataclass
+class AssumptionProbingConfig:
+    """Settings of assumption_probing.
+
+    `data`: "tinyworld" (held-out messages whose truth is known) or a file of chats, whose column names `columns` maps.
+    `instrument`: a name of `assumptions.instruments` that scores all nine dimensions. `engine` answers it.
+    """
+
+    data: str = "tinyworld"
+    columns: dict[str, str] = field(default_factory=dict)
+    messages: int = 300
+    instrument: str = "tinyworld_nine"
+    engine: Literal["vllm", "hf"] = "vllm"
+    elicitation: ElicitationSettings = field(default_factory=lambda: ElicitationSettings(max_tokens=256))
+    span: Span = "user"
+    shuffles: int = 5
+    steering: SteeringSettings = field(default_factory=SteeringSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+
+    def __post_init__(self) -> None:
+        for name in self.steering.dimensions:
+            dimension(name)
+        if instrument(self.instrument).dimensions != NAMES:
+            raise UserError(
+                f"instrument {self.instrument!r} does not score all nine dimensions; take nine_scores"
+            )
+        if self.engine == "hf" and self.elicitation.guided:
+            raise UserError("engine hf has no grammar: set pipeline.elicitation.guided=false, or engine=vllm")
+        if 0.0 not in self.steering.doses or len(set(self.steering.doses)) < 3:
+            raise UserError("steering.doses needs 0 and at least two other doses")
+        if self.judge.kind == "server" and not (self.judge.url and self.judge.model):
+            raise UserError(
+                "judge.kind=server needs judge.url and judge.model; the key is read from OPENAI_API_KEY"
+            )
+        if self.data != "tinyworld" and self.judge.kind == "lexical":
+            raise UserError(
+                "the lexical judge reads replies of the embedded model only: set judge.kind=server"
+            )
+        check(instrument(self.instrument), self.elicitation)
