@@ -12,6 +12,7 @@ from preft.throughput import ThroughputConfig
 from preft.train import TrainConfig
 from shared.models import ModelConfig
 from shared.runs import start_run
+from shared.tokens import Phase
 
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
 CONFIG = AdapterServingConfig(
@@ -57,4 +58,4 @@ def test_the_pipeline_runs_and_resumes(tmp_path: Path) -> None:
 
 def test_lora_is_the_all_token_twin_of_lora_p() -> None:
     config = replace(CONFIG, lora=AdapterConfig(rank=6, target_modules=("q_proj",)))
-    assert config.adapter("lora") == replace(config.adapter("lora_p"), phase="all")
+    assert config.adapter("lora") == replace(config.adapter("lora_p"), phase=Phase.ALL)
