@@ -1,18 +1,20 @@
 # `make` lists the targets. Settings: MODEL=, EXPERIMENT=, ARGS= (passed to Hydra), ACCEL=cpu|cuda, PYTHON=.
 
 ACCEL ?= $(or $(patsubst .venv/.setup-%,%,$(firstword $(wildcard .venv/.setup-*))),cpu)
-MODEL ?= tinyworld
+MODEL ?=
 EXPERIMENT ?=
 ARGS ?=
 PIPELINE ?= circuit_tracing
 LAUNCHER ?= joblib
-SWEEP ?= runs/sweep/$(shell date +%Y-%m-%d_%H-%M-%S)
+# Expanded here, once: two uses must name the same folder.
+SWEEP := $(or $(SWEEP),runs/sweep/$(shell date +%Y-%m-%d_%H-%M-%S))
 export ACCEL
 
 PY := .venv/bin/python
 STAMP := .venv/.setup-$(ACCEL)
-# A preset of conf/model, or anything that ModelConfig.name takes (a folder, a Hugging Face id, random:llama).
-model = $(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),model.name=$(MODEL))
+# A preset of conf/model, or anything that ModelConfig.name takes (a folder, a Hugging Face id, random:llama). Without
+# MODEL nothing is passed: what the experiment chooses holds, else the default of conf/config.yaml.
+model = $(if $(MODEL),$(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),model.name=$(MODEL)))
 package_adapter_serving := preft
 package_circuit_tracing := circuits
 package_assumption_probing := assumptions
@@ -52,7 +54,6 @@ bench: setup ## every benchmark in benchmarks/, results in benchmarks/results
 
 tinyworld: setup ## train the embedded model again from its seeded generator
 	@MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(PY) -m shared.tinyworld.train $(ARGS)
-	@$(PY) -m shared.tinyworld.evaluate
 
 test: setup ## all tests (ARGS= goes to pytest)
 	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)

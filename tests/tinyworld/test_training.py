@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from shared.errors import UserError
 from shared.tinyworld import social, train
 from shared.tinyworld.corpus import FIRST, SECOND_PART, Mixture, Writer, mixture, write_step
 from shared.tinyworld.tokenizer import train_tokenizer
@@ -119,6 +120,17 @@ def test_a_stopped_run_goes_on_as_if_unbroken(tmp_path, monkeypatch):
     parts = train.train(settings, tmp_path / "parts", autocast=False)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_state_of_another_recipe_is_refused(tmp_path):
+    settings = train.Settings(width=64, heads=1, kv_heads=1, layers=1, neurons=32)
+    model = train.new_model(settings, train_tokenizer())
+    optimizers = train.optimizers_for(model, settings)
+    state = tmp_path / "state.safetensors"
+    train.save_state(state, model, optimizers, 3, train.recipe_hash(settings))
+    assert train.load_state(state, model, optimizers, train.recipe_hash(settings)) == 3
+    with pytest.raises(UserError, match="another recipe"):
+        train.load_state(state, model, optimizers, train.recipe_hash(settings._replace(seed=1)))
 
 
 def test_planted_directions_are_orthonormal():

@@ -49,7 +49,8 @@ def evaluate(folder: Path = MODEL_DIR, n: int = 400, quick: bool = False) -> dic
     table |= examiner.elicitation(turns) | examiner.replies(turns)
     if not quick:
         table |= (
-            examiner.forced(turns)
+            examiner.judged_replies(turns)
+            | examiner.forced(turns)
             | examiner.organism(turns[:60])
             | {"text_perplexity": examiner.perplexity(n)}
         )
@@ -70,6 +71,8 @@ DESCRIPTIONS = {
     "elicitation_valid_json": "the nine-score instrument answered in valid JSON, greedy",
     "elicitation_spearman_worst": "greedy score against posterior mean, Spearman, worst dimension",
     "reply_correlation_worst": "probability of a slot's high form against the rule, worst outcome",
+    "reply_complete": "sampled replies in which the lexical judge reads all six slots",
+    "reply_judged_slope": "judged score of sampled replies against the rule, slope of the regression (ideal 1)",
     "verdict_correlation": "probability of NTA against the rule",
     "true_claims_accepted": "true claims answered with Yes",
     "false_claim_correlation": "probability of accepting a false claim against the rule",
@@ -110,21 +113,38 @@ Held-out test sets from the generator, in float32; `python -m shared.tinyworld.e
 """
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Evaluate the embedded model.")
-    parser.add_argument("folder", nargs="?", type=Path, default=MODEL_DIR)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("-n", type=int, default=400)
-    args = parser.parse_args()
-    table = {name: round(value, 4) for name, value in evaluate(args.folder, args.n, args.quick).items()}
+def record(folder: Path, n: int = 400) -> dict[str, float]:
+    """Evaluate, print, and write `evaluation.json` and `README.md` into the model's folder."""
+    table = {name: round(value, 4) for name, value in evaluate(folder, n).items()}
+    show(table)
+    (folder / "evaluation.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(readme(table), encoding="utf-8")
+    return table
+
+
+def show(table: dict[str, float]) -> None:
+    """Print the table with its floors."""
     for name, value in table.items():
         floor = FLOORS.get(name)
-        mark = "" if floor is None else ("ok" if value >= floor else "BELOW")
-        print(f"{name:45s} {value:7.4f}  {'' if floor is None else floor}  {mark}")
-    if not args.quick:
-        (args.folder / "evaluation.json").write_text(json.dumps(table, indent=1) + "\n")
-        (args.folder / "README.md").write_text(readme(table))
+        mark = "" if floor is None else f"floor {floor}: {'ok' if value >= floor else 'BELOW'}"
+        print(f"{name:45s} {value:8.4f}  {mark}")
+
+
+def main() -> None:
+    """Command line; exit status 1 when a floor is missed."""
+    parser = argparse.ArgumentParser(description="Evaluate the embedded model.")
+    parser.add_argument("folder", nargs="?", type=Path, default=MODEL_DIR)
+    parser.add_argument("--quick", action="store_true", help="only what has a floor; nothing is written")
+    parser.add_argument("-n", type=int, default=400, help="examples a test set")
+    args = parser.parse_args()
+    if args.quick:
+        table = evaluate(args.folder, args.n, quick=True)
+        show(table)
+    else:
+        table = record(args.folder, args.n)
+    missed = [name for name, floor in FLOORS.items() if table[name] < floor]
+    if missed:
+        parser.exit(1, f"error: below the floor: {', '.join(missed)}\n")
 
 
 if __name__ == "__main__":

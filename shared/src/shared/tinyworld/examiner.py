@@ -100,8 +100,8 @@ class Examiner:
         ]
         return float(torch.cat(nll).mean().exp())
 
-    def greedy(self, prompts: Sequence[list[int]], tokens: int) -> list[str]:
-        """Greedy text of prompts."""
+    def generate(self, prompts: Sequence[list[int]], tokens: int, do_sample: bool = False) -> list[str]:
+        """Generated text of prompts, greedy or sampled at temperature 1."""
         texts = []
         for start in range(0, len(prompts), 64):
             chunk = prompts[start : start + 64]
@@ -112,8 +112,8 @@ class Examiner:
                 ids,
                 attention_mask=(ids != pad).long(),
                 max_new_tokens=tokens,
-                do_sample=False,
                 pad_token_id=pad,
+                **({"do_sample": True, "top_k": 0} if do_sample else {"do_sample": False}),
             )
             texts += self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         return texts
@@ -121,7 +121,7 @@ class Examiner:
     def elicitation(self, turns: Sequence[social.UserTurn]) -> dict[str, float]:
         """Valid JSON, and agreement of the greedy scores with the posterior means, by dimension."""
         prompts = [self._asked(social.instrument(t.text)) for t in turns]
-        scores = [_parse(text) for text in self.greedy(prompts, 90)]
+        scores = [_parse(text) for text in self.generate(prompts, 90)]
         kept = [i for i, s in enumerate(scores) if s is not None]
         found = {"elicitation_valid_json": len(kept) / len(turns)}
         if len(kept) < 2:
@@ -183,6 +183,18 @@ class Examiner:
             for i, o in enumerate(social.OUTCOMES)
         }
         return {"reply_correlation_worst": min(r.values())} | r
+
+    def judged_replies(self, turns: Sequence[social.UserTurn]) -> dict[str, float]:
+        """Sampled replies read by the lexical judge: share with every slot, and slope of the scores on the rule."""
+        torch.manual_seed(0)
+        texts = self.generate([self._asked(t.text) for t in turns], 64, do_sample=True)
+        scores = [social.judge_reply(text) for text in texts]
+        whole = [None not in s and text.count(".") == len(social.SLOTS) for s, text in zip(scores, texts)]
+        kept = [i for i, complete in enumerate(whole) if complete]
+        rule = social.expected_reply_probabilities(np.stack([turns[i].counts_9 for i in kept])).ravel()
+        given = np.array([scores[i] for i in kept], dtype=float).ravel()
+        slope = float(np.polyfit(rule, given, 1)[0]) if kept else 0.0
+        return {"reply_complete": len(kept) / len(turns), "reply_judged_slope": slope}
 
     def forced(self, turns: Sequence[social.UserTurn]) -> dict[str, float]:
         """Moral verdicts against the rule, true claims accepted, and false claims against the rule."""

@@ -148,7 +148,7 @@ def agreement_sentence(kind: str, split: str, rng: random.Random) -> Sentence:
 
 
 def _belongs(kind: str, first: str, second: str, verb: str, clause: str, split: str) -> bool:
-    """Whether a combination is of the split; a training sentence holds no held-out combination of any kind."""
+    """Whether a combination is of the split; a training sentence holds no held-out combination of its kind."""
     keys = {
         "simple": ("simple", first, verb),
         "nounpp": ("nounpp", first, second, verb),

@@ -7,6 +7,7 @@ is one token.
 """
 
 import random
+from functools import cache
 from typing import TYPE_CHECKING
 
 from shared.tinyworld import facts, grammar, social, stories, tasks, users
@@ -66,8 +67,9 @@ def _sample_text() -> list[str]:
     return text + [f" {word}" for word in world_words()] * 60 + [*opening, "NTA", "YTA", "Yes", "No"] * 60
 
 
+@cache
 def train_tokenizer() -> "PreTrainedTokenizerFast":
-    """Train the tokenizer from the generator's text; deterministic."""
+    """Train the tokenizer from the generator's text; deterministic, so made once a process."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
