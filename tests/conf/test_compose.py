@@ -100,11 +100,27 @@ def test_every_launcher_is_built(name):
         (["pipeline=adapter_serving", "model.nam=x"], r"'model.nam' \(did you mean 'name'\?\)"),
         (["pipeline=adapter_serving", "model=local"], r"'model.name' is not set: give model.name="),
         (["pipeline=adapter_serving", "+run.sede=1"], r"'run.sede' \(did you mean 'seed'\?\)"),
+        (
+            ["pipeline=adapter_serving", "+seed=3"],
+            r"'seed' \(did you mean 'run.seed'\?\); allowed: hydra, model, pipe",
+        ),
+        (["pipeline=adapter_serving", "+runs.seed=3"], r"'runs' \(did you mean 'run'\?\); allowed"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(overrides, expected):
     with pytest.raises(ConfigError, match=expected):
         typed(composed(*overrides))
+
+
+def test_a_stray_key_of_an_experiment_is_named(tmp_path):
+    """An experiment is merged at the top: `seed: 1` in it would change nothing."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/stray.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /pipeline: circuit_tracing\nseed: 1\n", encoding="utf-8"
+    )
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    with pytest.raises(ConfigError, match=r"'seed' \(did you mean 'run.seed'\?\); allowed: hydra, model"):
+        typed(composed("experiment=stray", search))
 
 
 @pytest.mark.parametrize(

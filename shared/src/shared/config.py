@@ -27,7 +27,7 @@ def to_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise ConfigError(_unknown_key(str(key), list(fields), where))
+            raise ConfigError(unknown_key(str(key), list(fields), where))
     hints = get_type_hints(cls)
     missing = [name for name, field in fields.items() if name not in values and _required(field)]
     if missing:
@@ -39,9 +39,10 @@ def to_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise ConfigError(f"{where or cls.__name__}: {error}") from error
 
 
-def _unknown_key(key: str, allowed: list[str], where: str) -> str:
-    near = difflib.get_close_matches(key, allowed, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+def unknown_key(key: str, allowed: Sequence[str], where: str = "", near: str | None = None) -> str:
+    """The message of an unknown key: its dotted name, what was meant (`near`, or the nearest), all that are allowed."""
+    meant = near or next(iter(difflib.get_close_matches(key, allowed, n=1)), None)
+    hint = f" (did you mean {meant!r}?)" if meant else ""
     return f"unknown key {_join(where, key)!r}{hint}; allowed: {', '.join(sorted(allowed)) or 'none'}"
 
 

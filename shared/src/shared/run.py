@@ -10,7 +10,8 @@ A user's error (shared.errors.UserError, or a configuration that does not compos
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -23,13 +24,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from shared.config import to_dataclass
+from shared.config import ConfigError, to_dataclass, unknown_key
 from shared.errors import UserError
 from shared.models import ModelConfig
 from shared.runs import Pipeline, start_run
 from shared.serialize import plain
 
 GROUP = "innerworks.pipelines"
+PARTS = ("pipeline", "model", "run", "sweep", "hydra")  # the top of a composed configuration
 
 
 @dataclass
@@ -94,10 +96,19 @@ class Job(NamedTuple):
 def typed(config: DictConfig) -> Job:
     """The composed configuration as dataclasses; raises UserError naming a key that does not fit."""
     values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    check_parts(values)
     pipeline = _chosen(values["pipeline"].pop("name"))
     settings: Any = to_dataclass(pipeline.config_class, values["pipeline"], where="pipeline")
     model = to_dataclass(ModelConfig, values["model"], where="model")
     return Job(pipeline, settings, model, to_dataclass(RunConfig, values["run"], where="run"))
+
+
+def check_parts(values: Mapping[str, Any]) -> None:
+    """Refuse a key outside of `PARTS`, which nothing would read; raises ConfigError naming it and the right ones."""
+    for key in values:
+        if key not in PARTS:
+            inside = f"run.{key}" if key in {field.name for field in fields(RunConfig)} else None
+            raise ConfigError(unknown_key(str(key), PARTS, near=inside))
 
 
 def execute(config: DictConfig) -> None:
