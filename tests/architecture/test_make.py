@@ -23,8 +23,10 @@ TARGETS = [
 ]
 
 
-def make(*arguments):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+def make(*arguments, path=os.environ["PATH"]):
+    settings = ("MAKE", "MFLAGS", "MODEL", "SWEEP", "EXPERIMENT")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(settings)}
+    environment["PATH"] = path
     command = ["make", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -40,7 +42,7 @@ def test_make_alone_lists_the_targets():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["preft"], "pipeline=adapter_serving model=tinyworld"),
+        (["preft", "MODEL=tinyworld"], "pipeline=adapter_serving model=tinyworld"),
         (["circuits", "MODEL=qwen3", "EXPERIMENT=smoke"], "model=qwen3 experiment=circuits/smoke"),
         (["assumptions", "MODEL=some/model", "ARGS=run.seed=3"], "model.name=some/model  run.seed=3"),
         (["sweep", "LAUNCHER=slurm", "SWEEP=there"], "hydra/launcher=slurm sweep.folder=there"),
@@ -48,6 +50,21 @@ def test_make_alone_lists_the_targets():
 )
 def test_settings_reach_hydra(arguments, expected):
     assert expected in make("-n", *arguments)
+
+
+@pytest.mark.parametrize("arguments", [["preft"], ["circuits", "EXPERIMENT=smoke"], ["sweep"]])
+def test_without_a_model_the_experiments_choice_holds(arguments):
+    assert not re.search(r"\bmodel(\.name)?=", make("-n", *arguments))
+
+
+def test_a_sweep_is_gathered_where_it_ran(tmp_path):
+    """A `date` whose answer changes at every call: the folder must be named once."""
+    clock = tmp_path / "date"
+    clock.write_text(f"#!/bin/sh\necho tick >>{tmp_path}/ticks\nwc -l <{tmp_path}/ticks\n", encoding="utf-8")
+    clock.chmod(0o755)
+    printed = make("-n", "sweep", path=f"{tmp_path}:{os.environ['PATH']}")
+    ran, gathered = re.search(r"sweep\.folder=(\S+)", printed), re.search(r"shared\.collect (\S+)", printed)
+    assert ran[1] == gathered[1] == "runs/sweep/1"
 
 
 @pytest.mark.parametrize("name", ["cpu.txt", "cuda.txt"])
