@@ -1,11 +1,13 @@
 """Run folders: manifest, metrics, stages that resume, failure."""
 
 import json
+import subprocess
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from shared import manifest
 from shared.runs import start_run
 from shared.serialize import read_json, write_json
 
@@ -118,3 +120,88 @@ def test_progress_yields_everything_and_is_silent_without_a_terminal(tmp_path, c
         nested = [(a, b) for a in run.progress("ab", "outer") for b in run.progress("cd", "inner")]
     assert len(nested) == 4
     assert capsys.readouterr() == ("", "")
+
+
+def resumed(folder, monkeypatch, **code):
+    """Open the run again under changed code; its manifest, once the stage was asked for."""
+    described = manifest.describe()
+    monkeypatch.setattr(manifest, "describe", lambda: described | code)
+    with start_run(folder, {}) as run:
+        assert run.json_stage("scores.json", lambda: pytest.fail("was finished")) == 1
+    return read_json(run.path("manifest.json")), run.path("report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (
+            {"git": {"commit": "b" * 40, "dirty": False, "changes": None}},
+            f"commit {'a' * 12}, now commit {'b' * 12}",
+        ),
+        (
+            {"git": {"commit": "a" * 40, "dirty": True, "changes": "c0ffee"}},
+            "now commit aaaaaaaaaaaa with changes c0ffee",
+        ),
+        ({"git": None}, "now no git checkout"),
+        ({"versions": {"torch": "2", "peft": "1"}}, "peft absent, now 1; torch 1, now 2"),
+    ],
+)
+def test_a_stage_of_other_code_is_kept_and_named(code, expected, tmp_path, monkeypatch):
+    same = {"git": {"commit": "a" * 40, "dirty": False, "changes": None}, "versions": {"torch": "1"}}
+    described = manifest.describe()
+    monkeypatch.setattr(manifest, "describe", lambda: described | same)
+    with start_run(tmp_path, {}) as run:
+        run.json_stage("scores.json", lambda: 1)
+    assert read_json(run.path("stages.json"))["scores.json"]["code"] == same
+    assert "stages_of_other_code" not in resumed(tmp_path, monkeypatch)[0]
+    record, page = resumed(tmp_path, monkeypatch, **code)
+    assert expected in record["stages_of_other_code"]["scores.json"]
+    assert expected in page.partition("</p>")[0]
+
+
+def test_the_code_of_a_stage_knows_uncommitted_changes(tmp_path):
+    def git(*arguments):
+        subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments], cwd=tmp_path, check=True
+        )
+
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1\n")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "first")
+    clean = manifest.git_state(tmp_path)
+    (tmp_path / "code.py").write_text("2\n")
+    second = manifest.git_state(tmp_path)
+    (tmp_path / "code.py").write_text("3\n")
+    third = manifest.git_state(tmp_path)
+    assert (clean["dirty"], clean["changes"]) == (False, None)
+    assert second["dirty"]
+    assert clean["commit"] == second["commit"] == third["commit"]
+    assert second["changes"] != third["changes"]
+
+
+def test_a_broken_training_done_again_leaves_every_step_once(tmp_path):
+    def train(stop):
+        with start_run(tmp_path, {}) as run:
+            if not (first := run.stage("first")).done:
+                with first as path:
+                    run.log(1, first=0.0)
+                    path.write_text("x")
+            with run.stage("adapter") as path:
+                for step in range(1, 7):
+                    run.log(step, loss=float(stop))
+                    if step == stop:
+                        raise KeyboardInterrupt
+                path.write_text("x")
+
+    for stop in (4, 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(stop)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # killed while it wrote
+    train(99)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines if "loss" in line] == [
+        (n, 99.0) for n in range(1, 7)
+    ]
+    assert [line["step"] for line in lines if "first" in line] == [1], "a finished stage keeps its line"

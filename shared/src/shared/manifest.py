@@ -1,9 +1,11 @@
 """What a run was made with: configuration, versions, machine, code state. Written before the work starts."""
 
+import hashlib
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,16 +32,39 @@ def hardware() -> dict[str, Any]:
 
 
 def git_state(folder: Path = Path(__file__).parent) -> dict[str, Any] | None:
-    """Commit of the code and whether tracked files differ from it; None outside of a git checkout."""
-    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    """Commit of the code, whether tracked files differ from it, and a hash of how; None outside of a git checkout."""
+    commands = (["git", "rev-parse", "HEAD"], ["git", "diff", "HEAD", "--binary"])
     try:
         commit, changes = (
-            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout.strip()
             for command in commands
         )
     except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or an installed copy
         return None
-    return {"commit": commit, "dirty": bool(changes)}
+    digest = hashlib.sha256(changes).hexdigest()[:12] if changes else None
+    return {"commit": commit.decode(), "dirty": bool(changes), "changes": digest}
+
+
+def code_difference(former: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
+    """How the code that `former` names (its `git` and `versions`) differs from `now`; None where it is the same."""
+    if former is None:
+        return "code not recorded"
+    parts = []
+    if former["git"] != now["git"]:
+        parts.append(f"{_code_name(former['git'])}, now {_code_name(now['git'])}")
+    before, after = former["versions"], now["versions"]
+    parts += [
+        f"{name} {before.get(name, 'absent')}, now {after.get(name, 'absent')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    return "; ".join(parts) or None
+
+
+def _code_name(git: Mapping[str, Any] | None) -> str:
+    if git is None:
+        return "no git checkout"
+    return f"commit {git['commit'][:12]}" + (f" with changes {git['changes']}" if git["dirty"] else "")
 
 
 def describe() -> dict[str, Any]:

@@ -120,6 +120,7 @@ class Report:
             ),
             status=(manifest or {}).get("status"),
             error=(manifest or {}).get("error"),
+            other_code=(manifest or {}).get("stages_of_other_code", {}),
         )
         with atomic_path(path) as partial:
             partial.write_text(page, encoding="utf-8")

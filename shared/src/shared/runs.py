@@ -3,10 +3,12 @@
     manifest.json   configuration, seed, versions, machine, git state, model fingerprint, status
     metrics.json    the figures; metrics.jsonl: the same over time
     report.html     one self-contained page
-    stages.json     which stage wrote its file, under which configuration
+    stages.json     which stage wrote its file, under which configuration, by which code
 
 A stage writes one file (or folder), atomically. Opening the folder again with the same configuration skips the stages
-that finished; another configuration, seed or model does them anew.
+that finished; another configuration, seed or model does them anew. Other code does not: a commit seldom changes what
+a stage computes, and redoing long work is the user's choice (`resume=False`). But the manifest and the report say which
+stages came from another commit, from other uncommitted changes or from other package versions.
 """
 
 import hashlib
@@ -24,6 +26,7 @@ from shared import manifest
 from shared.report import Report
 from shared.serialize import atomic_path, plain, read_json, remove, write_json
 from shared.stats import seed_everything
+from shared.step_log import StepLog
 
 if TYPE_CHECKING:
     from shared.models import Model, ModelConfig
@@ -55,7 +58,10 @@ class Stage:
     def __init__(self, run: "Run", name: str) -> None:
         self.run, self.name, self.path = run, name, run.path(name)
         self._key = run.key
-        self.done = self.path.exists() and run.finished_stages().get(name, {}).get("key") == self._key
+        former = run.finished_stages().get(name, {})
+        self.done = self.path.exists() and former.get("key") == self._key
+        if self.done:
+            run.reuse_stage(name, former.get("code"))
 
     def __enter__(self) -> Path:
         self._started = time.perf_counter()
@@ -81,7 +87,9 @@ class Run:
         self._manifest: dict[str, Any] = {"status": "running", "started": _now(), "seed": seed}
         self._manifest |= {"config": plain(config), "model": None} | manifest.describe()
         self._config_key = config_hash({"config": plain(config), "seed": seed})
+        self._code = {name: self._manifest[name] for name in ("git", "versions")}
         self._clear(keep_stages=resume and self._continues())
+        self._steps = StepLog(self.path("metrics.jsonl"))
         write_json(self.path("manifest.json"), self._manifest)
 
     def _continues(self) -> bool:
@@ -130,14 +138,27 @@ class Run:
         return read_json(stage.path)
 
     def finished_stages(self) -> dict[str, dict[str, Any]]:
-        """Key and seconds of every finished stage, by name."""
+        """Key, seconds and code of every finished stage, by name."""
         path = self.path("stages.json")
         return read_json(path) if path.exists() else {}
 
     def finish_stage(self, name: str, key: str, seconds: float) -> None:
-        """Note that a stage's file is whole."""
-        entry = {"key": key, "seconds": round(seconds, 3)}
+        """Note that a stage's file is whole, and by which code."""
+        entry = {"key": key, "seconds": round(seconds, 3), "code": self._code}
         write_json(self.path("stages.json"), self.finished_stages() | {name: entry})
+        self._note_code(name, None)
+
+    def reuse_stage(self, name: str, code: dict[str, Any] | None) -> None:
+        """Note that a former run's stage is used; the manifest names it if other code wrote it."""
+        self._note_code(name, manifest.code_difference(code, self._code))
+
+    def _note_code(self, name: str, difference: str | None) -> None:
+        noted: dict[str, str] = self._manifest.get("stages_of_other_code", {})
+        others = {key: value for key, value in noted.items() if key != name}
+        others |= {name: difference} if difference else {}
+        if others != noted:
+            self._manifest["stages_of_other_code"] = others
+            write_json(self.path("manifest.json"), self._manifest)
 
     def metrics(self, values: dict[str, Any]) -> None:
         """Merge `values` into metrics.json (top-level keys; nan becomes null)."""
@@ -145,9 +166,11 @@ class Run:
         write_json(self.path("metrics.json"), self._metrics)
 
     def log(self, step: int, **values: float) -> None:
-        """Append one line to metrics.jsonl: the step, the seconds since the epoch and the values."""
-        with self.path("metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain({"step": step, "time": round(time.time(), 3)} | values)) + "\n")
+        """Append one line to metrics.jsonl: the step, the seconds since the epoch and the values.
+
+        In a continued run it replaces the former run's lines of the same names from this step on.
+        """
+        self._steps.write(step, values)
 
     def progress(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Iterate with a progress bar on stderr; silent where stderr is no terminal."""
