@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shared.architecture import FAMILIES
 from shared.errors import UserError
@@ -101,6 +102,54 @@ def test_a_folder_that_is_no_model_and_an_unsupported_family_are_refused(tmp_pat
         load(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="'bert' is not supported. Supported families: llama"):
+        load(str(tmp_path))
+
+
+def damaged(folder, change):
+    """A saved model whose tensors went through `change`."""
+    path = load("random:llama").save(folder) / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    return str(folder)
+
+
+def shorten(tensors, name):
+    tensors[name] = tensors[name][:-1].clone()
+
+
+INCOMPLETE = {
+    "missing": (lambda t: t.pop("model.norm.weight"), r"missing tensors: model\.norm\.weight\. "),
+    "head": (lambda t: t.pop("lm_head.weight"), r"missing tensors: lm_head\.weight\. "),
+    "shape": (
+        lambda t: shorten(t, "model.norm.weight"),
+        r"another shape: model\.norm\.weight \(\[127\] in the checkpoint, \[128\] in the model\)",
+    ),
+    "many": (
+        lambda t: [t.pop(name) for name in list(t) if "layers.1" in name],
+        r"model\.layers\.1\..* and 1 more",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(INCOMPLETE))
+def test_a_checkpoint_that_does_not_fill_the_model_is_refused(name, tmp_path):
+    change, message = INCOMPLETE[name]
+    with pytest.raises(UserError, match=message):
+        load(damaged(tmp_path, change))
+
+
+def test_a_tied_unembedding_is_not_missing(tmp_path):
+    model = load("random:gpt2")
+    assert "lm_head.weight" not in load_file(model.save(tmp_path) / "model.safetensors")
+    assert load(str(tmp_path)).fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda whole: b"x" * 40])
+def test_a_damaged_safetensors_file_is_refused(damage, tmp_path):
+    path = load("random:llama").save(tmp_path) / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="damaged or cut short .*Copy or download it again"):
         load(str(tmp_path))
 
 

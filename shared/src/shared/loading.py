@@ -1,7 +1,7 @@
 """Fetch the Hugging Face module and tokenizer that a `ModelConfig` names, and wrap them for nnsight.
 
-Every failure that a user can mend (no such folder, hub unreachable, gated, unsupported family, missing package) becomes
-one `UserError` that names the ways out.
+Every failure that a user can mend (no such folder, hub unreachable, gated, unsupported family, missing package, a
+checkpoint that is damaged or incomplete) becomes one `UserError` that names the ways out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def load_hf(config: ModelConfig) -> tuple[Any, Any, Path | None]:
         options["device_map"] = config.device_map
     if config.quantization is not None:
         options["quantization_config"] = _quantization(config)
-    hf = _fetch(config, "AutoModelForCausalLM", source, options)
+    # Mismatches come back listed instead of raised, so that one error can name the tensors.
+    reported = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    hf, report = _fetch(config, "AutoModelForCausalLM", source, reported)
+    _check_complete(config, report)
     if config.device_map is None and config.quantization is None:
         hf = hf.to(_device(config))
     return hf, tokenizer, path
@@ -97,9 +100,14 @@ def local_path(config: ModelConfig) -> Path | None:
 
 def _fetch(config: ModelConfig, auto: str, source: str, options: dict[str, Any]) -> Any:
     import transformers
+    from safetensors import SafetensorError
 
     try:
         return getattr(transformers, auto).from_pretrained(source, **options)
+    except SafetensorError as error:
+        raise UserError(
+            f"A safetensors file of {config.name!r} is damaged or cut short ({error}). Copy or download it again."
+        ) from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -107,6 +115,33 @@ def _fetch(config: ModelConfig, auto: str, source: str, options: dict[str, Any])
             "reachable, download the model elsewhere and give its folder as the name; for a gated model run "
             "`hf auth login`; or use the embedded model (name=tinyworld)."
         ) from error
+
+
+def _check_complete(config: ModelConfig, report: dict[str, Any]) -> None:
+    """`UserError` when transformers left a parameter random: absent from the checkpoint, or there in another shape.
+
+    Parameters tied to one that was read (an unembedding tied to the embedding) are not reported as missing.
+    """
+    missing = sorted(report["missing_keys"])
+    mismatched = [
+        f"{name} ({list(there)} in the checkpoint, {list(wanted)} in the model)"
+        for name, there, wanted in sorted(report["mismatched_keys"])
+    ]
+    wrong = [
+        f"{label}: {_listed(names)}"
+        for label, names in (("missing tensors", missing), ("tensors of another shape", mismatched))
+        if names
+    ]
+    if wrong:
+        raise UserError(
+            f"The checkpoint of {config.name!r} does not fill its model; {'; '.join(wrong)}. The rest would be "
+            "random. Save or download the checkpoint again, or mend its config.json."
+        )
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _dtype(config: ModelConfig) -> Any:
