@@ -145,6 +145,40 @@ def test_templates_that_hide_the_spans_are_refused(name):
         encode_chat(tokenizer, CHAT)
 
 
+SPACED = (
+    "{{ bos_token }}" + LOOP + "{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST] "
+    "{% else %}{{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_an_end_token_behind_white_space_is_learnt():
+    """Llama-2's template: a space between the answer and its end token."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = SPACED
+    row = training_row(tokenizer, CHAT[1:], History.STICKY)
+    learnt = [token for token, label in zip(row.input_ids, row.labels) if label != -100]
+    assert tokenizer.decode(learnt) == "assistant\nsays: hi <|end|>hi <|end|>"
+    assert learnt.count(tokenizer.eos_token_id) == 2
+    encoded = encode_chat(tokenizer, CHAT[1:])
+    assert texts(tokenizer, encoded) == [m["content"] for m in CHAT[1:]]
+    assert texts(tokenizer, encoded, ("content_start", "generated_end")) == [
+        "user",
+        "assistant\nsays: hi <|end|>",
+        "hi",
+        "hi <|end|>",
+    ]
+
+
+@pytest.mark.parametrize("after", ["", " ", "</answer>{{ eos_token }}"])
+def test_an_answer_without_an_end_token_is_refused_for_training(after):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = SPACED.replace(" {{ eos_token }}", after)
+    last = encode_chat(tokenizer, CHAT[1:]).spans[-1]
+    assert last.generated_end == last.content_end
+    with pytest.raises(ChatTemplateError, match="would not learn to stop"):
+        training_row(tokenizer, CHAT[1:])
+
+
 def test_a_generation_prompt_that_differs_from_the_answers_header_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace(

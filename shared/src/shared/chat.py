@@ -8,7 +8,8 @@
 4. The tokens in front of the last assistant content must be exactly those the model is prompted with, so that training
    and serving see the same prompt; otherwise `ChatTemplateError`.
 
-A generated token is one the model emits itself: an assistant's content and the end-of-turn token after it.
+A generated token is one the model emits itself: an assistant's content and the end-of-turn token after it, with the
+white space that a template puts between the two.
 """
 
 from __future__ import annotations
@@ -108,9 +109,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prom
     start = 0
     for role, first, last in regions:
         content_start, content_end = _tokens_at(offsets, first, last, role)
-        end = content_end
-        if end < len(ids) and ids[end] in special:
-            end += 1
+        end = _turn_end(text, ids, offsets, special, content_end, role)
         spans.append(Span(role, start, end, content_start, content_end, end))
         start = end
     return Encoded(ids, spans, text)
@@ -123,11 +122,19 @@ def training_row(
 
     RECOMPUTE puts the loss on the last response only (one row a turn); STICKY on every response, since no token is
     then both adapted history and unadapted response.
+
+    Raises:
+        ChatTemplateError: as `encode_chat`; no end token after the last response; its prompt is not the one of serving.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("A training chat must end with an assistant message: its text is what is learnt.")
     encoded = encode_chat(tokenizer, messages)
     last = encoded.spans[-1]
+    if last.generated_end == last.content_end:
+        raise ChatTemplateError(
+            "The chat template puts no special token after the last assistant message, so a model trained on it would "
+            "not learn to stop. Let the template end assistant messages with {{ eos_token }}."
+        )
     _check_prompt(tokenizer, messages, encoded.ids[: last.content_start])
     learnt = encoded.generated(history)
     labels = [
@@ -235,6 +242,21 @@ def _tokens_at(offsets: list[tuple[int, int]], first: int, last: int, role: str)
             "Strip leading and trailing whitespace from the message."
         )
     return inside[0], inside[-1] + 1
+
+
+def _turn_end(
+    text: str, ids: list[int], offsets: list[tuple[int, int]], special: set[int], content_end: int, role: str
+) -> int:
+    """End of a turn: after the special token that follows its content, else the end of the content.
+
+    White space may stand between an answer and its end token (Llama-2); in other roles it belongs to the next header.
+    """
+    end = content_end
+    while role == "assistant" and end < len(ids) and ids[end] not in special:
+        if text[slice(*offsets[end])].strip():
+            break
+        end += 1
+    return end + 1 if end < len(ids) and ids[end] in special else content_end
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
