@@ -1,12 +1,14 @@
 """Edits as tensor functions, and their file format: round trip, and refusal with the reason."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.hooks import edit
+from shared.hooks import capture, edit
 from shared.interventions import (
     Ablate,
     Add,
@@ -81,6 +83,40 @@ def test_every_edit_equals_its_rule_token_by_token(name, x_BTX):
     assert torch.equal(x_BTX, before)
 
 
+@pytest.mark.parametrize(
+    "intervention",
+    [
+        Add(SITE, draw(8), indices=[]),
+        Scale(SITE, 2.0, indices=[]),
+        Scale(SITE, draw(8), indices=[]),
+        Set(SITE, 3.0, indices=[]),
+        Ablate(SITE, indices=[]),
+        Ablate(SITE, mean=draw(5, 8), indices=[]),
+        Interchange(SITE, draw(2, 5, 8), indices=[]),
+    ],
+    ids=lambda intervention: type(intervention).__name__,
+)
+def test_no_indices_at_all_is_a_no_op(intervention, x_BTX):
+    assert torch.equal(intervention.apply(x_BTX, MASK), x_BTX)
+
+
+def test_a_source_of_another_size_is_refused_with_both_sizes(model):
+    batch = model.encode(["ab", "cd", "ef"])
+    width, tokens = 128, batch.input_ids_BT.shape[1]
+    with torch.no_grad():
+        with edit(model, Interchange(SITE, draw(2, tokens, width))):
+            with pytest.raises(InterventionError, match="source has 2 rows but the batch has 3"):
+                model(batch)
+        with edit(model, Interchange(SITE, draw(3, tokens + 1, width))):
+            with pytest.raises(
+                InterventionError, match=f"has {tokens + 1} tokens but the batch has {tokens}"
+            ):
+                model(batch)
+        with edit(model, Interchange(SITE, draw(1, tokens, width))), capture(model, [SITE]) as acts:
+            model(batch)
+    assert torch.equal(acts[SITE], draw(1, tokens, width).expand(3, -1, -1))
+
+
 def test_low_rank_constructors_follow_the_equations(x_BTX):
     R, W, b = draw(3, 8), draw(3, 8, seed=2), draw(3, seed=3)
     all_tokens = torch.ones(2, 5, dtype=torch.bool)
@@ -130,6 +166,38 @@ def test_saved_interventions_act_the_same(model, tmp_path):
     assert [type(a) for a in loaded] == [type(a) for a in every_kind()]
     assert loaded[0].positions == (0, -1)
     assert loaded[1].phase is Phase.DECODE
+
+
+def half_written(path, *_, **__):
+    path.write_bytes(b"x" * 40)
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize(
+    ("writer", "fails"),
+    [
+        ("safetensors.torch.save_file", lambda tensors, path: half_written(path)),
+        ("pathlib.Path.write_text", half_written),
+    ],
+)
+def test_saving_that_fails_leaves_the_former_files_whole(writer, fails, model, tmp_path, monkeypatch):
+    save_interventions(tmp_path, [Scale(SITE, draw(128))], model)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(writer, fails)
+        save_interventions(tmp_path, [Scale(SITE, draw(128, seed=2))], model)
+    [kept] = load_interventions(tmp_path, model)
+    assert torch.equal(kept.factor, draw(128))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "interventions.json",
+        "interventions.safetensors",
+    ]
+
+
+def test_the_json_is_put_in_place_last(model, tmp_path, monkeypatch):
+    placed, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (placed.append(Path(new).name), replace(old, new)))
+    save_interventions(tmp_path, every_kind(), model)
+    assert placed == ["interventions.safetensors", "interventions.json"]
 
 
 def rewrite(folder, change):

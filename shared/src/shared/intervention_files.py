@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shared.architecture import SiteError
 from shared.interventions import KINDS, Intervention, InterventionError, check_fit
+from shared.serialize import atomic_path
 
 if TYPE_CHECKING:
     from shared.models import Model
@@ -30,7 +31,7 @@ TENSORS_NAME = "interventions.safetensors"
 
 
 def save(folder: str | Path, interventions: Sequence[Intervention], model: Model) -> Path:
-    """Write the two files into a folder (made if missing); returns the folder."""
+    """Write the two files into a folder (made if missing), whole or not at all; returns the folder."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -41,10 +42,12 @@ def save(folder: str | Path, interventions: Sequence[Intervention], model: Model
         entry, own = _to_entry(intervention)
         entries.append(entry)
         tensors.update({f"{number}.{name}": tensor for name, tensor in own.items()})
-    folder.mkdir(parents=True, exist_ok=True)
     document = {"format": FORMAT, "version": VERSION, "model": _identity(model), "interventions": entries}
-    save_file(tensors, folder / TENSORS_NAME)
-    (folder / JSON_NAME).write_text(json.dumps(document, indent=2) + "\n")
+    text = json.dumps(document, indent=2) + "\n"
+    # Both are written whole before either is replaced; the inner block ends first, so the JSON comes last.
+    with atomic_path(folder / JSON_NAME) as json_path, atomic_path(folder / TENSORS_NAME) as tensors_path:
+        json_path.write_text(text)
+        save_file(tensors, tensors_path)
     return folder
 
 

@@ -43,7 +43,8 @@ class Intervention:
     """What all edits share: where (`site`, `indices`) and on which tokens (`phase`, `positions`).
 
     `positions` are token positions counted without padding; negative ones count from the end of the prompt (-1 is the
-    last prompt token). They select within the phase. `indices` are coordinates of the last dimension, None for all.
+    last prompt token). They select within the phase. `indices` are coordinates of the last dimension: None for all, an
+    empty list for none (the edit then does nothing).
     """
 
     site: str = field(kw_only=False)
@@ -80,7 +81,7 @@ class Intervention:
         mask_BT1 = mask_BT.to(x_BTX.device)[..., None]
         if self.indices is None:
             return torch.where(mask_BT1, self.edited(x_BTX), x_BTX)
-        indices = torch.tensor(self.indices, device=x_BTX.device)
+        indices = self._indices_on(x_BTX.device)
         part = x_BTX[..., indices]
         edited = torch.where(mask_BT1, self.edited(part), part)
         whole_BTX = x_BTX.clone()
@@ -93,14 +94,24 @@ class Intervention:
             return value
         value = value.to(device=x.device, dtype=x.dtype)
         if self.indices is not None and value.ndim and value.shape[-1] != len(self.indices):
-            value = value[..., torch.tensor(self.indices, device=x.device)]
+            value = value[..., self._indices_on(x.device)]
         return value
 
-    def _same_length(self, value: Tensor, x: Tensor, name: str) -> Tensor:
+    def _indices_on(self, device: torch.device) -> Tensor:
+        # The dtype of an empty list would be floating point, which cannot index.
+        return torch.tensor(self.indices, dtype=torch.long, device=device)
+
+    def _same_size(self, value: Tensor, x: Tensor, name: str) -> Tensor:
+        """A tensor over tokens (and rows) that fits x: each size equal to x's, or 1."""
         if value.ndim > 1 and value.shape[-2] not in (1, x.shape[-2]):
             raise InterventionError(
                 f"{self.site}: {name} has {value.shape[-2]} tokens but the batch has {x.shape[-2]}. "
                 "Give it for the same padded batch, or restrict the edit to the prefill phase."
+            )
+        if value.ndim > 2 and value.shape[-3] not in (1, x.shape[-3]):
+            raise InterventionError(
+                f"{self.site}: {name} has {value.shape[-3]} rows but the batch has {x.shape[-3]}. "
+                "Give it one row, or one for each row of the batch."
             )
         return value
 
@@ -250,7 +261,7 @@ class Ablate(Intervention):
         if self.mean is None:
             return torch.zeros_like(x)
         mean = self._like(self.mean, x)
-        return self._same_length(mean, x, "mean").expand_as(x)  # type: ignore[arg-type]
+        return self._same_size(mean, x, "mean").expand_as(x)  # type: ignore[arg-type]
 
     def width(self) -> int | None:
         """Last dimension of the mean."""
@@ -266,7 +277,7 @@ class Interchange(Intervention):
     def edited(self, x: Tensor) -> Tensor:
         """The source in x's shape."""
         source = self._like(self.source_BTX, x)
-        return self._same_length(source, x, "source").expand_as(x)  # type: ignore[arg-type]
+        return self._same_size(source, x, "source").expand_as(x)  # type: ignore[arg-type]
 
     def width(self) -> int | None:
         """Last dimension of the source."""
