@@ -10,7 +10,7 @@ from shared.generation import Generator, HFGenerator, Request, Sampling
 from shared.generation.hf import Row, batches
 from shared.generation.requests import expand, sample_seed
 from shared.generation.text import decode_new, stop_start
-from shared.hooks import edit
+from shared.hooks import capture, edit
 from shared.interventions import Add
 from shared.models import load
 from shared.random_models import byte_tokenizer
@@ -63,6 +63,24 @@ def test_greedy_equals_a_plain_loop_over_the_module(model, generator):
             assert list(answer.top_logprobs[step]) == likeliest.tolist()
             assert list(answer.top_logprobs[step].values()) == pytest.approx(values.tolist(), abs=1e-4)
             ids = [*ids, token]
+
+
+@pytest.mark.parametrize("interventions", [[], [Add("blocks.1.output", torch.ones(128), phase="decode")]])
+def test_log_probabilities_leave_an_open_capture_alone(model, interventions):
+    site, steps = "final_norm", 4
+    generator = HFGenerator(model, interventions)
+    seen = {}
+    for logprobs in (None, 3):
+        with capture(model, [site]) as acts:
+            [[answer]] = generator.generate(REQUESTS[:1], Sampling(max_tokens=steps, logprobs=logprobs))
+        seen[logprobs] = acts[site]
+    assert len(answer.token_ids) == len(answer.top_logprobs) == steps
+    assert torch.equal(seen[3], seen[None])
+    logits_TV = seen[3][0, -steps:] @ model.hf.lm_head.weight.T
+    expected_TK, ids_TK = logits_TV.log_softmax(-1).topk(3)
+    assert [list(top) for top in answer.top_logprobs] == ids_TK.tolist()
+    found_TK = torch.tensor([list(top.values()) for top in answer.top_logprobs])
+    torch.testing.assert_close(found_TK, expected_TK)
 
 
 def chat_ids(model, messages):

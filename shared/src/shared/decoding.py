@@ -28,10 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generated:
-    """New tokens of each row (the stop token included) and their log-probabilities."""
+    """New tokens of each row (the stop token included), their log-probabilities, and those of the likeliest tokens.
+
+    `top_logprobs`: token id to log-probability, likeliest first, at every new token (empty where not asked for).
+    """
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
+    top_logprobs: list[list[dict[int, float]]]
 
 
 @torch.no_grad()
@@ -43,6 +47,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | Sequence[int] = 0,
     stop_token_ids: Sequence[int] | None = None,
+    top_logprobs: int = 0,
 ) -> Generated:
     """Continue every row of a left-padded batch; greedy at temperature 0.
 
@@ -59,20 +64,23 @@ def generate(
     model.active.begin()
     tokens: list[list[int]] = [[] for _ in range(len(batch))]
     logprobs: list[list[float]] = [[] for _ in range(len(batch))]
+    tops: list[list[dict[int, float]]] = [[] for _ in range(len(batch))]
     alive = [True] * len(batch)
     cache = _new_cache(model)
     for _ in range(max_new_tokens):
         logits_BV = _step(model, batch, cache)
         chosen_B, logprobs_B = choose(logits_BV, temperature, top_p, generators)
+        likeliest = _likeliest(logits_BV, top_logprobs)
         for row, (token, logprob) in enumerate(zip(chosen_B.tolist(), logprobs_B.tolist())):
             if alive[row]:
                 tokens[row].append(token)
                 logprobs[row].append(logprob)
+                tops[row] += likeliest[row : row + 1]
                 alive[row] = token not in stops
         if not any(alive):
             break
         batch = _next(batch, chosen_B)
-    return Generated(tokens, logprobs)
+    return Generated(tokens, logprobs, tops)
 
 
 def choose(
@@ -88,6 +96,14 @@ def choose(
         draws = [torch.multinomial(probs_V, 1, generator=g) for probs_V, g in zip(probs_BV, generators)]
         chosen_B = torch.cat(draws).to(logits_BV.device)
     return chosen_B, logprobs_BV.gather(-1, chosen_B[:, None]).squeeze(-1)
+
+
+def _likeliest(logits_BV: Float[Tensor, "B V"], top: int) -> list[dict[int, float]]:
+    """The `top` likeliest tokens of each row with their log-probabilities, likeliest first; no rows when top is 0."""
+    if not top:
+        return []
+    values_BK, ids_BK = logits_BV.float().log_softmax(-1).topk(min(top, logits_BV.shape[-1]), dim=-1)
+    return [dict(zip(ids, values)) for ids, values in zip(ids_BK.tolist(), values_BK.tolist())]
 
 
 def nucleus(probs_BV: Float[Tensor, "B V"], top_p: float) -> Float[Tensor, "B V"]:

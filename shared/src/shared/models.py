@@ -108,11 +108,12 @@ class Model:
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         stop_token_ids: Sequence[int] | None = None,
+        top_logprobs: int = 0,
     ) -> Generated:
         """Continue every row of a left-padded batch (`shared.decoding.generate`)."""
         from shared.decoding import generate
 
-        return generate(self, batch, max_new_tokens, temperature, top_p, seed, stop_token_ids)
+        return generate(self, batch, max_new_tokens, temperature, top_p, seed, stop_token_ids, top_logprobs)
 
     def save(self, folder: str | Path) -> Path:
         """Write weights, config and tokenizer in Hugging Face format; `load(folder)` reads them back."""

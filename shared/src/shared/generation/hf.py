@@ -12,8 +12,6 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import NamedTuple
 
-import torch
-
 from shared.errors import UserError
 from shared.generation.prompts import check_lengths, prompt_ids
 from shared.generation.requests import Completion, Draw, EngineBase, Sampling
@@ -86,14 +84,15 @@ class HFGenerator(EngineBase):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=[row.seed for row in rows],
+            top_logprobs=sampling.logprobs or 0,
         )
-        top = sampling.logprobs or 0
-        tops = self._top_logprobs(prompts, generated.tokens, top) if top else [[] for _ in rows]
         return [
             self._completion(
                 row, tokens, logprobs if sampling.logprobs is not None else [], likeliest, sampling
             )
-            for row, tokens, logprobs, likeliest in zip(rows, generated.tokens, generated.logprobs, tops)
+            for row, tokens, logprobs, likeliest in zip(
+                rows, generated.tokens, generated.logprobs, generated.top_logprobs
+            )
         ]
 
     @property
@@ -115,25 +114,6 @@ class HFGenerator(EngineBase):
         if stopped:
             tokens, logprobs, likeliest = tokens[:n_tokens], logprobs[:n_tokens], likeliest[:n_tokens]
         return Completion(text, tokens, logprobs, "stop" if stopped or ended else "length", likeliest)
-
-    @torch.no_grad()
-    def _top_logprobs(
-        self, prompts: list[list[int]], tokens: list[list[int]], top: int
-    ) -> list[list[dict[int, float]]]:
-        """The `top` likeliest tokens at every generated position, from one more pass over prompt and answer.
-
-        The batch keeps the original prompt lengths, so every edit acts on the tokens it acted on in generation.
-        """
-        full = [prompt + answer for prompt, answer in zip(prompts, tokens)]
-        batch = pad(full, [len(prompt) for prompt in prompts], self._pad_id)
-        logprobs_BTV = self.model(batch).float().log_softmax(-1)
-        values_BTK, ids_BTK = logprobs_BTV.topk(min(top, logprobs_BTV.shape[-1]), dim=-1)
-        # left padding: an answer of m tokens was predicted by the m columns in front of the last one
-        spans = [slice(-len(answer) - 1, -1) for answer in tokens]
-        return [
-            [dict(zip(step_ids, step_values)) for step_ids, step_values in zip(ids[span], values[span])]
-            for span, ids, values in zip(spans, ids_BTK.tolist(), values_BTK.tolist())
-        ]
 
 
 def batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
