@@ -5,7 +5,7 @@ import torch
 
 from circuits.edges import Neurons, direct_effects
 from circuits.linearize import LinearizeError, linearize
-from circuits.relp import relp
+from circuits.relp import Ledger, relp
 from circuits.rules import SECANTS, Rules, RulesError, secant
 from shared.hooks import edit
 from shared.interventions import Add
@@ -34,6 +34,29 @@ def test_bias_nodes_carry_weight_where_the_family_has_biases(any_model, problem_
     assert bool(ledger.attn_bias_BKLT.any()) == (family in ("qwen2", "gpt2", "gpt_neox"))
     assert bool(ledger.mlp_bias_BKLT.any()) == (family in ("gpt2", "gpt_neox"))
     assert bool(ledger.position_BKT.any()) == (family == "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("value", "embed", "error"),
+    [
+        (1.0, [3.0, -1.9], 0.1),  # of the value, not of the 4.9 that cancel in it
+        (-1.0, [-3.0, 1.9], 0.1),
+        (0.1, [5.0, -4.8], 0.1 / 9.8),  # a value that is itself the rest of a cancellation
+        (0.0, [0.0, 0.0], 0.0),
+    ],
+)
+def test_conservation_error_is_relative_to_the_value(value, embed, error):
+    embed_BKT, layers_BKLT = torch.tensor([[embed]]), torch.zeros(1, 1, 1, 2)
+    ledger = Ledger(
+        value_BK=torch.tensor([[value]]),
+        embed_BKT=embed_BKT,
+        position_BKT=torch.zeros_like(embed_BKT),
+        attn_bias_BKLT=layers_BKLT,
+        neuron_bias_BKLT=layers_BKLT,
+        mlp_bias_BKLT=layers_BKLT,
+        logit_bias_BK=torch.zeros(1, 1),
+    )
+    assert ledger.error() == pytest.approx(error, rel=1e-5)
 
 
 def test_float32_conserves_to_1e_4(problem_of):

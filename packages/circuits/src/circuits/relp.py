@@ -14,6 +14,8 @@ from torch import Tensor
 from circuits.frozen import FrozenNetwork
 from circuits.metric import Metric
 
+CANCELLED = 0.1  # a value below this share of the absolute relevance is what cancellation left: rounding is not its own
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -47,10 +49,10 @@ class Ledger:
         return torch.stack([part.abs().sum(-1) for part in self._parts()]).sum(0) + self.logit_bias_BK.abs()
 
     def error(self) -> float:
-        """Return the worst conservation error: |total - value| relative to the larger of |value| and the mass."""
-        scale_BK = torch.maximum(self.value_BK.abs(), self.mass()).clamp_min(
-            torch.finfo(self.value_BK.dtype).tiny
-        )
+        """Return the worst |total - value| relative to |value|, or to the mass where |value| is below a tenth of it."""
+        value_BK, mass_BK = self.value_BK.abs(), self.mass()
+        scale_BK = torch.where(value_BK < CANCELLED * mass_BK, mass_BK, value_BK)
+        scale_BK = scale_BK.clamp_min(torch.finfo(scale_BK.dtype).tiny)
         return float(((self.total() - self.value_BK).abs() / scale_BK).max())
 
 

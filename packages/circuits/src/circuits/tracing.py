@@ -95,8 +95,9 @@ def _check_conservation(problem: Problem, relevance: Relevance) -> None:
     error, allowed = relevance.ledger.error(), TOLERANCE[problem.model.dtype]
     if problem.network.rules == Rules() and not error <= allowed:
         raise LinearizeError(
-            f"relevance is not conserved: the sum over all sources misses the metric by {error:.1e} (allowed "
-            f"{allowed:.0e}). Run the model in float32, and without adapters or active edits."
+            f"relevance is not conserved: the sum over all sources misses the metric by {error:.1e} of its value (of "
+            f"the absolute relevance, where the value is below a tenth of that); allowed is {allowed:.0e}. Run the "
+            "model in float32, and without adapters or active edits."
         )
 
 
