@@ -101,6 +101,28 @@ def test_unreadable_files_are_refused_with_the_reason(graph, tmp_path):
         load_graph(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda header: header | {"colour": "red"}, "unknown key 'colour'"),
+        (
+            lambda header: {key: value for key, value in header.items() if key != "prompt"},
+            "missing key 'prompt'",
+        ),
+        (lambda header: header | {"n_layers": "two"}, "'n_layers' must be int"),
+        (lambda header: [header], "version None"),
+    ],
+)
+def test_headers_of_another_shape_are_refused_by_key(graph, tmp_path, change, reason):
+    path = graph.save(tmp_path / "graph") / "graph.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(GraphError, match=reason):
+        load_graph(tmp_path / "graph")
+    path.write_text("{")
+    with pytest.raises(GraphError, match="not JSON"):
+        load_graph(tmp_path / "graph")
+
+
 def test_page_stands_alone_and_holds_the_graph(graph, tmp_path):
     text = write_page(graph, tmp_path / "page.html", "a <b> title").read_text()
     assert text == page(graph, "a <b> title")

@@ -8,7 +8,7 @@ every neuron and logit
     sum of incoming weights + remainder = activation         (digest I2; `Graph.closure_error`)
 
 Saved as graph.json (format version, model, rules, metric, prompt, masses, labels) and graph.safetensors (the
-columns): lossless both ways, and refused where the version or a column is not what this release writes.
+columns): lossless both ways, and refused where the version, the header or a column is not what this release writes.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from shared.config import ConfigError, to_dataclass
 from shared.errors import UserError
 from shared.serialize import atomic_path, read_json, write_json
 
@@ -142,13 +143,23 @@ def load_graph(folder: Path | str) -> Graph:
         raise GraphError(
             f"{folder} holds no graph: graph.json and graph.safetensors are written by Graph.save"
         )
-    header = read_json(folder / "graph.json")
-    if header.get("version") != FORMAT_VERSION:
-        raise GraphError(
-            f"{folder}: format version {header.get('version')}, this release reads {FORMAT_VERSION}"
-        )
+    header = _read_header(folder / "graph.json")
     columns = load_file(folder / "graph.safetensors")
     expected = {item.name for item in fields(Graph)} - {"header"}
     if set(columns) != expected:
         raise GraphError(f"{folder}: columns {sorted(columns)}, expected {sorted(expected)}")
-    return Graph(header=Header(**header), **columns)
+    return Graph(header=header, **columns)
+
+
+def _read_header(path: Path) -> Header:
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise GraphError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("version") != FORMAT_VERSION:
+        version = content.get("version") if isinstance(content, dict) else None
+        raise GraphError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}")
+    try:
+        return to_dataclass(Header, content)
+    except ConfigError as error:
+        raise GraphError(f"{path}: {error}") from error
