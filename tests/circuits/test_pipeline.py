@@ -4,10 +4,13 @@ import json
 import math
 
 import pytest
+import torch
 
+from circuits import pipeline
 from circuits.graph import load_graph
 from circuits.pipeline import PIPELINE, CircuitTracingConfig
-from shared.models import ModelConfig
+from circuits.tasks import TaskError
+from shared.models import ModelConfig, load
 from shared.runs import start_run
 
 CONFIG = {
@@ -21,41 +24,81 @@ CONFIG = {
 }
 
 
-@pytest.fixture
-def pairs(tmp_path):
+def write_pairs(path, answers=lambda prompt: ("x", "y")):
     rows = []
     for index, letter in enumerate("abcdefghijklmnop"):
+        right, wrong = answers(f"the {letter} is")
         rows.append({
             "clean_prefix": f"the {letter} is", "patch_prefix": f"the {letter.upper()} is",
-            "clean_answer": "x", "patch_answer": "y", "case": str(index),
+            "clean_answer": right, "patch_answer": wrong, "case": str(index),
         })  # fmt: skip
-    path = tmp_path / "letters.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
-def test_pipeline_on_a_file_of_pairs_writes_what_it_says(pairs, tmp_path):
+@pytest.fixture
+def pairs(tmp_path):
+    return write_pairs(tmp_path / "letters.jsonl")
+
+
+def run_in(folder, config):
+    with start_run(folder, config) as run:
+        metrics = PIPELINE.run(config, ModelConfig("random:llama"), run)
+        run.metrics(metrics)
+    return metrics
+
+
+def test_pipeline_on_a_file_of_pairs_writes_what_it_says(pairs, tmp_path, monkeypatch):
     config = CircuitTracingConfig(tasks=[str(pairs)], **CONFIG)
-    metrics = {}
-    for _ in range(2):  # the second time from the files of the first
-        with start_run(tmp_path / "run", config) as run:
-            metrics = PIPELINE.run(config, ModelConfig("random:llama"), run)
-            run.metrics(metrics)
-            again, metrics["seen"] = metrics.get("seen"), metrics["faithfulness"]
-    assert again is None
+    metrics = run_in(tmp_path / "run", config)
+    for work in ("mean_scores", "conservation_error", "trace_problem"):
+        monkeypatch.setattr(pipeline, work, lambda *args, **options: pytest.fail("was done before"))
+    assert run_in(tmp_path / "run", config) == metrics  # from the files of the first
     assert metrics["conservation_error"] < 1e-4
     for estimator in ("relp", "atp", "random"):
         curve = metrics["faithfulness"]["letters"][estimator]
         assert list(curve) == ["5", "50"]
         assert all(math.isfinite(value) for value in curve.values())
         assert list(metrics["completeness"]["letters"][estimator]) == ["5", "50"]
-    graph = load_graph(tmp_path / "run" / "graph_letters")
+    (folder,) = (tmp_path / "run").glob("graph_letters-*")
+    graph = load_graph(folder)
     assert metrics["edges"]["letters"] == graph.n_edges == 60
     assert metrics["edge_closure_error"]["letters"] < 1e-4
     assert 0 < metrics["mass_kept"]["letters"]["nodes"] < 1
     assert metrics["ablation"]["letters"]["examples"][0]["answer"] == "x"
-    assert (tmp_path / "run" / "graph_letters" / "index.html").exists()
-    assert "graph_letters/index.html" in (tmp_path / "run" / "report.html").read_text()
+    assert metrics["graph_prompt"]["letters"] == {
+        "prompt": graph.header.prompt,
+        "answered_rightly": graph.header.target_values[0] > 0,
+    }
+    assert (folder / "index.html").exists()
+    assert f"{folder.name}/index.html" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_resumed_run_whose_pairs_changed_is_done_anew(pairs, tmp_path):
+    config = CircuitTracingConfig(tasks=[str(pairs)], **CONFIG)
+    before = run_in(tmp_path / "run", config)
+    write_pairs(pairs, lambda prompt: ("z", "w"))
+    after = run_in(tmp_path / "run", config)
+    assert after == run_in(tmp_path / "fresh", config)
+    assert after["faithfulness"] != before["faithfulness"]
+    (folder,) = (tmp_path / "fresh").glob("graph_letters-*")
+    assert load_graph(tmp_path / "run" / folder.name).header.targets == ["z over w"]
+
+
+def test_no_prompt_answered_rightly_is_said(tmp_path):
+    model = load(ModelConfig("random:llama"))
+    x, y = (model.tokenizer.encode(word, add_special_tokens=False)[0] for word in "xy")
+
+    def worse_first(prompt):
+        with torch.no_grad():
+            logits_V = model(model.encode([prompt]))[0, -1]
+        return ("y", "x") if logits_V[x] > logits_V[y] else ("x", "y")
+
+    path = write_pairs(tmp_path / "wrong.jsonl", worse_first)
+    metrics = run_in(tmp_path / "run", CircuitTracingConfig(tasks=[str(path)], **CONFIG))
+    assert metrics["accuracy"]["wrong"] == 0
+    assert metrics["graph_prompt"]["wrong"]["answered_rightly"] is False
+    assert "answers none rightly" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_settings_are_checked_before_any_work():
@@ -63,3 +106,26 @@ def test_settings_are_checked_before_any_work():
         CircuitTracingConfig(estimators=["atp"])
     with pytest.raises(ValueError, match="shap"):
         CircuitTracingConfig(estimators=["relp", "shap"])
+    with pytest.raises(ValueError, match="tasks"):
+        CircuitTracingConfig(tasks=[])
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 5], [5, 5]])
+def test_sizes_are_different_positive_numbers(sizes):
+    with pytest.raises(ValueError, match="sizes"):
+        CircuitTracingConfig(sizes=sizes)
+
+
+@pytest.mark.parametrize("name", ["train_pairs", "test_pairs", "max_nodes", "max_edges", "ablate"])
+def test_counts_are_positive(name):
+    with pytest.raises(ValueError, match=name):
+        CircuitTracingConfig(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    "tasks", [["nounpp", "mine/nounpp.jsonl"], ["a/pairs.jsonl", "b/pairs.jsonl"], ["rc", "rc"]]
+)
+def test_tasks_of_one_name_are_refused_before_any_work(tasks):
+    with pytest.raises(TaskError, match="one name"):
+        CircuitTracingConfig(tasks=tasks)
+    CircuitTracingConfig(tasks=["nounpp", "mine/nounpp.v1.jsonl", "mine/nounpp.v2.jsonl"])

@@ -3,6 +3,9 @@
 For each task: (1) pairs of the training and the test split; (2) node scores by every estimator on training pairs;
 (3) faithfulness and completeness against the number of neurons on test pairs; (4) the graph of one test prompt, its
 direct edges and its page; (5) the top neurons ablated, beside as many random ones.
+
+Scores and graph are files named after what they are made from (pairs and settings), so that a resumed run whose pairs
+changed makes new ones.
 """
 
 from dataclasses import dataclass, field
@@ -19,11 +22,11 @@ from circuits.graph import Graph, load_graph
 from circuits.pathways import neuron_activations, pathway_edits
 from circuits.steering import answer, changed_answers, matched_random, nodes_of
 from circuits.study import Study, conservation_error, held_out_curve, make_study, mean_scores, pose_pairs
-from circuits.tasks import TASKS, deduplicate, read_pairs, split_by_subject, task_pairs
+from circuits.tasks import TASKS, deduplicate, read_pairs, split_by_subject, task_names, task_pairs
 from circuits.tracing import trace_problem
 from circuits.view import write_page
 from shared.models import ModelConfig, load
-from shared.runs import Pipeline, Run
+from shared.runs import Pipeline, Run, config_hash
 from shared.tinyworld.tasks import Pair
 
 
@@ -32,8 +35,8 @@ class CircuitTracingConfig:
     """Settings of circuit_tracing.
 
     `tasks`: names (simple, nounpp, rc, within_rc, capitals) or paths of JSON-lines files with the columns clean_prefix,
-    patch_prefix, clean_answer, patch_answer, case. `reference`: what ablated neurons are set to. `ablate`: how many of
-    the top RelP neurons are ablated in the last step.
+    patch_prefix, clean_answer, patch_answer, case; no two of one name. `reference`: what ablated neurons are set to.
+    `ablate`: how many of the top RelP neurons are ablated in the last step.
     """
 
     tasks: list[str] = field(default_factory=lambda: ["nounpp", "capitals"])
@@ -49,6 +52,22 @@ class CircuitTracingConfig:
     examples: int = 6
 
     def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError(f"tasks must name at least one of {', '.join(TASKS)}, or a file of pairs")
+        task_names(self.tasks)
+        if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(
+                f"sizes must be one or more different numbers of neurons, each >= 1; got {self.sizes}"
+            )
+        for name, least in {
+            "train_pairs": 1,
+            "test_pairs": 1,
+            "max_nodes": 1,
+            "max_edges": 1,
+            "ablate": 1,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         unknown = [name for name in self.estimators if name not in ESTIMATORS]
         if unknown or "relp" not in self.estimators:
             raise ValueError(
@@ -76,7 +95,7 @@ def run(config: CircuitTracingConfig, model_config: ModelConfig, run: Run) -> di
         "# Circuit tracing\n\nNode scores are fixed on training pairs, every figure is on held-out test pairs."
     )
     metrics: dict[str, Any] = {"conservation_error": 0.0}
-    names = {task: task if task in TASKS else task.rsplit("/", 1)[-1].split(".")[0] for task in config.tasks}
+    names = task_names(config.tasks)
     for task in run.progress(config.tasks, "tasks"):
         study = make_study(model, names[task], *pairs[task], config.reference)
         result = run_task(study, config, run)
@@ -104,6 +123,10 @@ def run_task(study: Study, config: CircuitTracingConfig, run: Run) -> dict[str, 
         "faithfulness": _by_size(points, "faithfulness"),
         "completeness": _by_size(points, "completeness"),
         "intervals": {kind: _intervals(points, kind) for kind in ("faithfulness", "completeness")},
+        "graph_prompt": {
+            "prompt": graph.header.prompt,
+            "answered_rightly": graph.header.target_values[0] > 0,
+        },
         "edges": graph.n_edges,
         "nodes": len(graph),
         "edge_closure_error": graph.closure_error(),
@@ -114,11 +137,23 @@ def run_task(study: Study, config: CircuitTracingConfig, run: Run) -> dict[str, 
     return metrics
 
 
+def inputs_hash(study: Study, *settings: Any) -> str:
+    """Return 8 hex digits of the pairs and the settings that a stage's file is made from."""
+    return config_hash([study.train.pairs, study.test.pairs, *settings])[:8]
+
+
+def graph_folder(study: Study, config: CircuitTracingConfig) -> str:
+    """Return the name of the graph's folder in the run folder."""
+    settings = (config.reference, config.threshold, config.max_nodes, config.max_edges)
+    return f"graph_{study.name}-{inputs_hash(study, *settings)}"
+
+
 def score_stage(study: Study, config: CircuitTracingConfig, run: Run) -> dict[str, Tensor]:
     """Return every estimator's mean scores (L T N) on the training pairs, from the run folder where they are done."""
     from safetensors.torch import load_file, save_file
 
-    stage = run.stage(f"scores_{study.name}.safetensors")
+    key = inputs_hash(study, config.reference, config.estimators)
+    stage = run.stage(f"scores_{study.name}-{key}.safetensors")
     if not stage.done:
         problem = pose_pairs(study, study.train)
         scores = {name: mean_scores(problem, name, run.seed).contiguous() for name in config.estimators}
@@ -129,8 +164,11 @@ def score_stage(study: Study, config: CircuitTracingConfig, run: Run) -> dict[st
 
 
 def graph_stage(study: Study, config: CircuitTracingConfig, run: Run) -> Graph:
-    """Trace the first test prompt that the model answers rightly; write graph and page into the run folder."""
-    stage = run.stage(f"graph_{study.name}")
+    """Trace the first test prompt that the model answers rightly, or the first one where it answers none.
+
+    Graph and page are written into the run folder; the sign of the graph's target value says which of the two it is.
+    """
+    stage = run.stage(graph_folder(study, config))
     if not stage.done:
         right = (answer(study.model, study.test).difference_B > 0).int()
         problem, row = pose_pairs(study, study.test), int(right.argmax())
@@ -200,16 +238,19 @@ def _report(
     run.report.text(
         f"## {study.name}\n\n{size['train']} training and {size['test']} test pairs of {size['length']} tokens; the "
         f"model prefers the right answer on {metrics['accuracy']:.1%} of the test pairs. Relevance is conserved to "
-        f"{metrics['conservation_error']:.1e} of the metric."
+        f"{metrics['conservation_error']:.1e} of the metric (where that is below a tenth of the absolute relevance: of "
+        "the latter)."
     )
     run.report.figure(
         draw_curves(points), "Faithfulness (1 is ideal) and completeness (0 is ideal) with 95 % intervals."
     )
+    rightly = metrics["graph_prompt"]["answered_rightly"]
+    which = "" if rightly else " (the model answers none rightly: this one's answer is wrong)"
     run.report.text(
-        f"The graph of one test prompt, `{graph.header.prompt}`: {len(graph)} nodes and {graph.n_edges} direct edges, "
-        f"keeping {kept['nodes']:.0%} of the neurons' absolute effect and {kept['edges']:.0%} of the edges'."
+        f"The graph of one test prompt{which}, `{graph.header.prompt}`: {len(graph)} nodes and {graph.n_edges} direct "
+        f"edges, keeping {kept['nodes']:.0%} of the neurons' absolute effect and {kept['edges']:.0%} of the edges'."
     )
-    run.report.html(f'<p><a href="graph_{study.name}/index.html">Open the graph</a></p>')
+    run.report.html(f'<p><a href="{graph_folder(study, config)}/index.html">Open the graph</a></p>')
     run.report.table(
         rows,
         f"The model's word with the top {config.ablate} neurons (layer, position, index) at their reference (ablated) "

@@ -65,6 +65,18 @@ def task_pairs(task: str, split: str, n: int, seed: int = 0) -> list[Pair]:
     return agreement_pairs(task, split, n, seed)
 
 
+def task_names(tasks: Sequence[str]) -> dict[str, str]:
+    """Return the name of every task or file of pairs (the file's stem); TaskError where two have the same name."""
+    names = {task: task if task in TASKS else Path(task).stem for task in tasks}
+    for name, count in Counter(names[task] for task in tasks).items():
+        if count > 1:
+            same = ", ".join(task for task in tasks if names[task] == name)
+            raise TaskError(
+                f"tasks of one name, {name!r}: {same}; list each once and rename files of one name"
+            )
+    return names
+
+
 def read_pairs(path: Path | str) -> list[Pair]:
     """Return the pairs of a JSON-lines file of SvaRow; DataError names file, line and column."""
     import json
