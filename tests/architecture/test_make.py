@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -80,3 +81,21 @@ def test_pins_are_exact_and_name_no_host(name):
 def test_the_ci_script_is_executable():
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert os.access(ROOT / "scripts/setup", os.X_OK)
+
+
+def test_setup_gives_pip_to_an_environment_that_uv_left_without(tmp_path):
+    """A .venv without pip and no uv on PATH: ensurepip is asked; where it gives none, the ways out are named."""
+    script, python = tmp_path / "scripts/setup", tmp_path / ".venv/bin/python"
+    for path in (script, python):
+        path.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/setup", script)
+    python.write_text('#!/bin/sh\necho "$*" >>asked\nexit 1\n', encoding="utf-8")
+    python.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "ACCEL": "cpu"}
+    if shutil.which("uv", path=environment["PATH"]):
+        pytest.skip("uv is in a system folder")
+    done = subprocess.run([script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert (tmp_path / "asked").read_text().splitlines() == ["-m pip --version", "-m ensurepip"]
+    assert "has no pip" in done.stderr
+    assert "rm -r .venv" in done.stderr
