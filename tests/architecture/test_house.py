@@ -76,3 +76,26 @@ def test_no_path_of_a_machine_is_written_down():
         path for path in tracked(*TEXT) if pattern.search(path.read_text(encoding="utf-8", errors="replace"))
     ]
     assert not [name for name in named(found) if name != "tests/architecture/test_house.py"]
+
+
+def test_every_relative_link_of_the_documentation_leads_somewhere():
+    link = re.compile(r"\]\(\s*([^)\s#]+)[^)]*\)")
+    pages = [
+        ROOT / "README.md",
+        ROOT / "ARCHITECTURE.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "shared/README.md",
+    ]
+    pages += [*ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")]
+    found = [(page, target) for page in pages for target in link.findall(page.read_text(encoding="utf-8"))]
+    relative = [(page, target) for page, target in found if "://" not in target]
+    assert len(relative) > 15, "the links are not recognised"
+    broken = [(page, target) for page, target in relative if not (page.parent / target).exists()]
+    names = {f"{page.relative_to(ROOT).as_posix()}: {target}" for page, target in broken}
+    assert names <= {"README.md: docs/demo.png"}, "only the picture, made from a demo, may still be missing"
+
+
+def test_the_documentations_index_names_every_page():
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}
+    assert not [page for page in sorted(pages) if f"({page})" not in index]
