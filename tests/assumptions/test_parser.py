@@ -116,8 +116,6 @@ def hopeless_cases():
     yield "form", form, ECHO
     yield "form in fence", f"```json\n{form}\n```", ECHO
     yield "quoted form", json.dumps(dict.fromkeys(NAMES, "<number from 0 to 1>")), ECHO
-    yield "zeros", json.dumps(dict.fromkeys(NAMES, 0.0)), ECHO
-    yield "integer zeros", json.dumps(dict.fromkeys(NAMES, 0)), ECHO
     yield "two forms", f"{form}\n{form}", ECHO
     for text in (
         "",
@@ -210,6 +208,18 @@ def test_the_released_template_is_an_echo_and_its_answer_is_found():
     assert elicited.sections == {"RESPONSE": "hello"}
     explained = {"mental_model": {"beliefs": {n: {"score": 0.0, "explanation": "none"} for n in BELIEFS}}}
     assert FOUR.parse(json.dumps(explained)).scores == dict.fromkeys(BELIEFS, 0.0)
+
+
+@pytest.mark.parametrize("zero", ["0.0", "0", "0.00"])
+def test_all_zeros_are_an_answer_where_nothing_is_explained(zero):
+    """The form of a scores-only instrument holds no number, so zeros cannot be its echo."""
+    text = "{" + ", ".join(f'"{name}": {zero}' for name in NAMES) + "}"
+    elicited = NINE.parse(text)
+    assert (elicited.answer.status, elicited.scores) == (CLEAN, dict.fromkeys(NAMES, 0.0))
+    fenced = NINE.parse(f"```json\n{text}\n```")
+    assert (fenced.answer.status, fenced.scores) == (REPAIRED, dict.fromkeys(NAMES, 0.0))
+    part = NINE.parse('{"validation_seeking": ' + zero + ', "user_rightness"')
+    assert (part.answer.status, part.scores) == (SALVAGED, {"validation_seeking": 0.0})
 
 
 def test_one_score_is_not_spread_over_four():

@@ -4,11 +4,13 @@
     repaired       every number was there, after listed leniencies (fences, quotes, percentages, other keys)
     salvaged       some numbers are there; what is missing is listed (truncation, out of range, contradictions)
     failed         no number could be read
-    template_echo  the model repeated the prompt's form: placeholders only, or all zeros with empty explanations
+    template_echo  the model repeated the prompt's form: placeholders only, or all zeros with empty explanations (a form
+                   without explanations shows no zeros: there all zeros are an answer)
 
 1. Read every outermost brace block leniently (`lenient`) and take what fits the shape (`shapes`).
 2. Drop echoes of the form: a leaked prompt tail in front of an answer is not an answer.
 3. The first complete one counts, else the first with any number, so that a runaway continuation cannot replace it.
+   All zeros in front of another answer are taken for a leaked form.
 4. Without any brace block, read lines of the form `key: number`; this is never more than salvaged.
 """
 
@@ -63,7 +65,9 @@ def parse(text: str, shape: Shape, section: re.Pattern[str] | None = None) -> An
 
 
 def _choose(body: str, readings: list[Reading], answers: list[Answer]) -> Answer:
-    best = next((i for i, answer in enumerate(answers) if answer.status.complete), 0)
+    complete = [i for i, answer in enumerate(answers) if answer.status.complete]
+    telling = [i for i in complete if any(answers[i].numbers.values())]
+    best = next(iter([*telling, *complete]), 0)
     answer = answers[best]
     repairs = [] if _stands_alone(body, readings[best]) else ["text around"]
     if any(other.numbers != answer.numbers for other in answers):
@@ -93,7 +97,7 @@ def _judge(text: str, reading: Reading, shape: Shape) -> Answer:
     numbers = {path: leaf for path, leaf in taken.leaves.items() if isinstance(leaf, float)}
     texts = {path: leaf for path, leaf in taken.leaves.items() if isinstance(leaf, str)}
     repairs = tuple(sorted({*reading.repairs, *taken.repairs}))
-    if _is_echo(taken, numbers, texts):
+    if _is_echo(shape, taken, numbers, texts):
         return Answer(Status.TEMPLATE_ECHO, {}, {}, repairs)
     if not numbers:
         status = Status.FAILED
@@ -106,11 +110,12 @@ def _judge(text: str, reading: Reading, shape: Shape) -> Answer:
     return Answer(status, numbers, texts, repairs, tuple(taken.missing), reading.end)
 
 
-def _is_echo(taken: Taken, numbers: dict[Path, float], texts: dict[Path, str]) -> bool:
+def _is_echo(shape: Shape, taken: Taken, numbers: dict[Path, float], texts: dict[Path, str]) -> bool:
     """True for the form itself: only placeholders, or nothing but zeros beside empty explanations."""
     if not numbers:
         return taken.placeholders > 0
-    return not any(numbers.values()) and not any(map(str.strip, texts.values()))
+    explained = bool(leaf_paths(shape, Text))
+    return explained and not any(numbers.values()) and not any(map(str.strip, texts.values()))
 
 
 def _without_object(text: str, shape: Shape, echoed: bool) -> Answer:
@@ -118,7 +123,7 @@ def _without_object(text: str, shape: Shape, echoed: bool) -> Answer:
     paths = [path for path in leaf_paths(shape, Number) if path and isinstance(_key(path), str)]
     numbers = {path: number for path in paths if (number := _line_number(text, _key(path))) is not None}
     missing = tuple(".".join(map(str, path)) for path in leaf_paths(shape, Number) if path not in numbers)
-    if any(numbers.values()):
+    if any(numbers.values()) or (numbers and not echoed and not leaf_paths(shape, Text)):
         return Answer(Status.SALVAGED, numbers, {}, ("no object",), missing, len(text))
     all_paths = tuple(".".join(map(str, path)) for path in leaf_paths(shape, Number))
     return Answer(Status.TEMPLATE_ECHO if echoed else Status.FAILED, {}, {}, missing=all_paths)
