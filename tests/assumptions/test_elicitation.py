@@ -16,15 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from assumptions.asking import PATIENCE, EngineStartError, OnDemand
 from assumptions.chats import Chat
 from assumptions.dimensions import NAMES
-from assumptions.elicitation import RETRIED, Elicitation, ElicitationSettings, elicit, header
+from assumptions.elicitation import RETRIED, Elicitation, ElicitationSettings, header
+from assumptions.elicitation import elicit as elicit_from
 from assumptions.instruments import INSTRUMENTS, instrument
 from assumptions.parsing import Status
 from assumptions.records import Record, RecordFile, final, read
 from assumptions.scripted import EngineStopped, ScriptedGenerator
 from shared.errors import UserError
-from shared.generation import Generator
+from shared.generation import Generator, Sampling
 
 NINE = instrument("nine_scores")
 FREE = ElicitationSettings(guided=False, batch_size=7)
@@ -45,6 +47,10 @@ STATUS_OF = {
     "truncated": Status.SALVAGED,
     "prose_only": Status.FAILED,
 }
+
+
+def elicit(*arguments, model="fingerprint", **options):
+    return elicit_from(*arguments, model=model, **options)
 
 
 def chats(count):
@@ -127,14 +133,87 @@ def test_another_question_in_the_same_file_is_refused(tmp_path):
             elicit(engine(), other, chats(2), path, options)
 
 
-def test_one_refused_row_fails_alone(tmp_path):
-    rows = chats(10)
-    generator = engine(refuses=lambda prompt: "number 3\n" in prompt)
-    result = elicit(generator, NINE, rows, tmp_path / "a.jsonl", FREE)
-    failed = [r for r in result.records if r.status is Status.FAILED]
-    assert [(r.id, r.error) for r in failed] == [("c003", "ValueError: a prompt of this batch is too long")]
-    assert result.valid_share() == 0.9
-    assert np.isnan(result.scores(["c003"], NAMES)).all()
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
+def test_one_refused_row_fails_alone_and_again_on_resume(tmp_path, batch_size):
+    """A row that is always refused costs itself: not its batch, not the run, and not the run that resumes."""
+    path, rows, options = tmp_path / "a.jsonl", chats(10), replace(FREE, batch_size=batch_size)
+    for refused in ("c000", "c003", "c009"):
+        path.unlink(missing_ok=True)
+        number = int(refused[1:])
+        for attempt in range(3):
+            picky = engine(refuses=lambda prompt: f"number {number}\n" in prompt)  # noqa: B023
+            result = elicit(picky, NINE, rows, path, options)
+            failed = [r for r in result.records if r.status is Status.FAILED]
+            said = "ValueError: a prompt of this batch is too long"
+            assert [(r.id, r.error, r.attempt) for r in failed] == [(refused, said, attempt)]
+            assert result.valid_share() == 0.9
+            assert np.isnan(result.scores([refused], NAMES)).all()
+            assert picky.asked <= (1 if attempt else 2 * 10)
+        assert elicit(engine(), NINE, rows, path, options).valid_share() == 1.0
+
+
+def test_many_refused_rows_before_the_first_answer_are_recorded(tmp_path):
+    """Until something is answered nobody knows whose fault it is; then the failures kept back are recorded."""
+    rows, options = chats(60), replace(FREE, batch_size=7)
+    picky = engine(refuses=lambda prompt: int(prompt.split("number ")[1].split("\n")[0]) < PATIENCE - 1)
+    result = elicit(picky, NINE, rows, tmp_path / "a.jsonl", options)
+    assert [r.id for r in result.records if r.error] == [chat.id for chat in rows[: PATIENCE - 1]]
+    assert result.valid_share() == (60 - PATIENCE + 1) / 60
+
+
+@pytest.mark.parametrize("rows", [1, 5, 400])
+def test_an_engine_that_answers_nothing_is_an_error_soon(tmp_path, rows):
+    calls = []
+    dead = engine(refuses=lambda prompt: calls.append(1) or True)
+    with pytest.raises(ValueError, match="too long"):
+        elicit(dead, NINE, chats(rows), tmp_path / "a.jsonl", FREE)
+    assert read(tmp_path / "a.jsonl")[1] == []
+    assert len(calls) <= 2 * PATIENCE
+
+
+def test_an_engine_that_cannot_start_is_asked_once(tmp_path):
+    started = []
+
+    def start():
+        started.append(1)
+        raise RuntimeError("no memory for the key-value cache")
+
+    with pytest.raises(EngineStartError, match="did not start: RuntimeError: no memory"):
+        elicit(OnDemand(start), NINE, chats(30), tmp_path / "a.jsonl", FREE)
+    assert len(started) == 1
+    # the same when the file holds answers already: they say nothing about an engine that is not there
+    elicit(engine(), NINE, chats(5), tmp_path / "b.jsonl", FREE)
+    with pytest.raises(EngineStartError):
+        elicit(OnDemand(start), NINE, chats(30), tmp_path / "b.jsonl", FREE)
+    assert len(started) == 2
+    assert len(read(tmp_path / "b.jsonl")[1]) == 5
+
+
+def test_an_engine_is_started_at_the_first_request_only():
+    idle = OnDemand(lambda: pytest.fail("nothing was asked"))
+    idle.close()
+    busy = OnDemand(engine)
+    for _ in range(2):
+        busy.generate(_requests(chats(2)), Sampling())
+    assert busy.engine.asked == 4
+
+
+def test_another_text_with_the_same_id_is_another_question(tmp_path):
+    """T16: an answer counts for the text it was asked about; ids alone (message00000) identify nothing."""
+    path, rows = tmp_path / "a.jsonl", chats(12)
+    elicit(engine(), NINE, rows, path, FREE)
+    edited = [replace(chat, turn=f"{chat.turn}, edited") if i % 3 else chat for i, chat in enumerate(rows)]
+    edited[0] = replace(edited[0], history=({"role": "user", "content": "earlier"},))
+    second = engine()
+    result = elicit(second, NINE, edited, path, FREE)
+    assert second.asked == 9
+    assert len(result.records) == 12
+    for record, chat in zip(result.records[1:], edited[1:]):
+        assert record.scores == expected(chat)
+    back = engine()
+    first = elicit(back, NINE, rows, path, FREE)
+    assert back.asked == 0  # the answers about the former texts still stand in the file
+    assert [r.scores for r in first.records] == [expected(chat) for chat in rows]
 
 
 def test_a_dead_engine_is_an_error_and_what_was_whole_stays(tmp_path):
@@ -177,8 +256,24 @@ def test_settings_are_refused_before_anything_runs(tmp_path):
     ):
         with pytest.raises(UserError, match=match):
             elicit(generator, instrument(name), chats(1), path, options)
+    with pytest.raises(UserError, match=r"model\.fingerprint"):
+        elicit(generator, NINE, chats(1), path, FREE, model="")
+    with pytest.raises(UserError, match="'c000' stands on more than one"):
+        elicit(generator, NINE, chats(1) * 2, path, FREE)
+    for name in ("samples", "batch_size"):
+        with pytest.raises(UserError, match=f"{name} must be at least 1"):
+            replace(FREE, **{name: 0})
     assert generator.asked == 0
     assert not path.exists()
+
+
+def test_who_answers_must_be_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(TypeError, match="model"):
+        elicit_from(engine(), NINE, chats(1), path, FREE)
+    elicit(engine(), NINE, chats(1), path, FREE)
+    with pytest.raises(UserError, match="another model"):
+        elicit(engine(), NINE, chats(1), path, FREE, model="other weights")
 
 
 class TestRecordFile:

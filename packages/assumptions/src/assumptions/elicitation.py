@@ -1,16 +1,17 @@
 """Ask a model what it assumes: batches over any engine, one status a row, resumable (paper section on elicitation).
 
 1. Lay out one draw per (chat, sample), each with its own seed and, if asked, its own order of dimensions.
-2. Skip the draws whose record in the file is no failure; the others get a new attempt, with a new seed.
+2. Skip the draws whose record in the file is no failure; the others get a new attempt, with a new seed. A record counts
+   for the very text it was asked about, not for another text with the same id.
 3. Complete them batch by batch; where the engine has a grammar, the instrument's JSON schema guides the decoding
    (guided answers follow another distribution than free ones, so the header says which it was).
 4. Parse every completion and append a record; a failure is stored as a failure, never as scores.
 
-A batch that the engine refuses is asked again row by row, so that one bad row fails alone. If no row of it succeeds
-the engine itself is at fault, and its error is raised.
+A row that the engine refuses fails alone; an engine that does not work raises its error (`asking`).
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from assumptions.asking import ask
 from assumptions.chats import Chat
 from assumptions.instruments import Instrument
 from assumptions.parsing import Status
-from assumptions.records import Record, RecordFile, final
+from assumptions.records import Key, Record, RecordFile, final
+from assumptions.splits import row_hash
 from shared.errors import UserError
 from shared.generation import Completion, Generator, Request, Sampling
 
@@ -41,6 +44,11 @@ class ElicitationSettings:
     shuffle_order: bool = False
     batch_size: int = 128
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -70,11 +78,43 @@ class Elicitation:
 
 @dataclass(frozen=True)
 class _Draw:
+    """One (chat, sample) at its present attempt."""
+
+    instrument: Instrument
     chat: Chat
     sample: int
     attempt: int
     order: tuple[str, ...]
     request: Request
+
+    @property
+    def key(self) -> Key:
+        return (self.chat.id, self.sample, row_hash(self.chat))
+
+    def record(self, completions: Sequence[Completion]) -> Record:
+        """The record of an answer, read with the instrument's parser."""
+        [completion] = completions
+        elicited = self.instrument.parse(completion.text)
+        return Record(
+            *self.key[:2],
+            status=elicited.answer.status,
+            scores=elicited.scores,
+            text=completion.text,
+            row=self.key[2],
+            finish_reason=completion.finish_reason,
+            order=self.order,
+            sections=elicited.sections,
+            repairs=elicited.answer.repairs,
+            missing=elicited.answer.missing,
+            attempt=self.attempt,
+        )
+
+    def failure(self, error: str) -> Record:
+        """The record of a row that the engine refused."""
+        name, sample, row = self.key
+        return Record(
+            name, sample, Status.FAILED, {}, "", row, order=self.order, error=error, attempt=self.attempt
+        )
 
 
 def elicit(
@@ -83,20 +123,25 @@ def elicit(
     chats: Sequence[Chat],
     path: Path,
     settings: ElicitationSettings | None = None,
-    model: str = "",
+    *,
+    model: str,
 ) -> Elicitation:
-    """Ask for the assumptions behind every chat, resuming the file at `path`; `model` identifies who answers.
+    """Ask for the assumptions behind every chat, resuming the file at `path`.
 
-    Raises UserError before any generation when the instrument cannot be guided or the file belongs to another question.
+    `model` identifies who answers: `model.fingerprint` of the loaded model, or the name a server gives it. Raises
+    UserError before any generation when the instrument cannot be guided, two chats share an id, or the file belongs to
+    another question; the engine's own error when the engine does not work.
     """
     settings = settings or ElicitationSettings()
     check(instrument, settings)
+    _check_asked(chats, model)
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, n=1, logprobs=None)
     with RecordFile(path, header(instrument, settings, model)) as file:
-        for batch in _batches(_pending(instrument, chats, settings, file), settings.batch_size):
-            _complete(generator, instrument, batch, sampling, file)
-        wanted = {(chat.id, sample) for chat in chats for sample in range(settings.samples)}
-        return Elicitation(final(r for r in file.records.values() if r.key in wanted))
+        draws = _draws(instrument, chats, settings, file)
+        settled = {key for key, record in file.records.items() if record.status not in RETRIED}
+        pending = [draw for draw in draws if draw.key not in settled]
+        ask(generator, sampling, pending, file, settings.batch_size, known=draws)
+        return Elicitation(final(file.records[draw.key] for draw in draws))
 
 
 def check(instrument: Instrument, settings: ElicitationSettings) -> None:
@@ -127,16 +172,24 @@ def header(instrument: Instrument, settings: ElicitationSettings, model: str) ->
     }
 
 
-def _pending(
+def _check_asked(chats: Sequence[Chat], model: str) -> None:
+    if not model:
+        raise UserError("an elicitation file names who answered: give model=model.fingerprint")
+    twice = [name for name, count in Counter(chat.id for chat in chats).items() if count > 1]
+    if twice:
+        raise UserError(f"id {twice[0]!r} stands on more than one chat; ids must be unique")
+
+
+def _draws(
     instrument: Instrument, chats: Sequence[Chat], settings: ElicitationSettings, file: RecordFile
 ) -> list[_Draw]:
+    """Every draw that is wanted, at the attempt after the one in the file."""
     draws = []
     for chat in chats:
         for sample in range(settings.samples):
-            former = file.records.get((chat.id, sample))
-            if former is None or former.status in RETRIED:
-                attempt = former.attempt + 1 if former else 0
-                draws.append(_draw(instrument, chat, sample, attempt, settings))
+            former = file.records.get((chat.id, sample, row_hash(chat)))
+            attempt = former.attempt + 1 if former else 0
+            draws.append(_draw(instrument, chat, sample, attempt, settings))
     return draws
 
 
@@ -149,69 +202,10 @@ def _draw(
         order = tuple(np.random.default_rng(seed).permutation(order).tolist())
     schema = instrument.json_schema(order) if settings.guided else None
     request = Request(instrument.messages(chat.turn, chat.history, order), json_schema=schema, seed=seed)
-    return _Draw(chat, sample, attempt, order, request)
+    return _Draw(instrument, chat, sample, attempt, order, request)
 
 
 def _seed(*parts: object) -> int:
     """A seed in [0, 2**31) that depends on every part and on nothing else: not on batch, order or resume."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _batches(draws: list[_Draw], size: int) -> list[list[_Draw]]:
-    return [draws[start : start + size] for start in range(0, len(draws), size)]
-
-
-def _complete(
-    generator: Generator, instrument: Instrument, batch: list[_Draw], sampling: Sampling, file: RecordFile
-) -> None:
-    """Complete one batch and append its records."""
-    try:
-        completions = generator.generate([draw.request for draw in batch], sampling)
-    except Exception as error:
-        _complete_singly(generator, instrument, batch, sampling, file, error)
-        return
-    file.append(_record(instrument, draw, drawn[0]) for draw, drawn in zip(batch, completions, strict=True))
-
-
-def _complete_singly(
-    generator: Generator,
-    instrument: Instrument,
-    batch: list[_Draw],
-    sampling: Sampling,
-    file: RecordFile,
-    error: Exception,
-) -> None:
-    """Ask a refused batch row by row; rows that fail alone are recorded as failed, unless all of them do."""
-    records = []
-    for draw in batch if len(batch) > 1 else ():
-        try:
-            records.append(_record(instrument, draw, generator.generate([draw.request], sampling)[0][0]))
-        except Exception as row_error:
-            records.append(_failure(draw, f"{type(row_error).__name__}: {row_error}"))
-    if all(record.error for record in records):
-        raise error
-    file.append(records)
-
-
-def _record(instrument: Instrument, draw: _Draw, completion: Completion) -> Record:
-    elicited = instrument.parse(completion.text)
-    return Record(
-        id=draw.chat.id,
-        sample=draw.sample,
-        status=elicited.answer.status,
-        scores=elicited.scores,
-        text=completion.text,
-        finish_reason=completion.finish_reason,
-        order=draw.order,
-        sections=elicited.sections,
-        repairs=elicited.answer.repairs,
-        missing=elicited.answer.missing,
-        attempt=draw.attempt,
-    )
-
-
-def _failure(draw: _Draw, error: str) -> Record:
-    return Record(
-        draw.chat.id, draw.sample, Status.FAILED, {}, "", order=draw.order, error=error, attempt=draw.attempt
-    )
