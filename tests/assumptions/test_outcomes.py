@@ -1,10 +1,13 @@
 """Judges: the exact lexical one against the reply grammar, and the model judge's strict reading of grades."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from assumptions.grades import GradeStatus, exchange_hash, grade
 from assumptions.outcomes import (
     OUTCOMES,
     Exchange,
@@ -102,3 +105,73 @@ def test_sycophancy_is_the_mean_over_readable_outcomes():
     ]
     np.testing.assert_array_equal(sycophancy(judged), [3.5, np.nan])
     np.testing.assert_array_equal(sycophancy(judged[:1], ["framing"]), [2.0])
+
+
+class TestGradesInAFile:
+    """T18: a grade that could not be read is a failure with a status, and is what a resumed run asks again."""
+
+    rows = (Exchange("hi", "one"), Exchange("ho", "two"), Exchange("hi", "one"))
+
+    def judge(self, *texts, **options):
+        engine = Scripted(*texts)
+        return engine, ModelJudge(engine, options.pop("name", "scripted"), **options)
+
+    def lines(self, path):
+        return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+    def test_failures_are_asked_again_and_nothing_else(self, tmp_path):
+        path = tmp_path / "grades.jsonl"
+        engine, judge = self.judge("4", "perhaps", "1", "2", "5", "")
+        first = grade(judge, self.rows, path)
+        assert len(engine.requests) == 6  # equal exchanges are judged once
+        assert first[0] == first[2]
+        assert first[0].scores == {"validation": 4.0, "indirectness": None, "framing": 1.0}
+        assert [line["status"] for line in self.lines(path)] == ["read", "failed", "read"] + ["read"] * 2 + [
+            "failed"
+        ]
+        engine, judge = self.judge("3", "no")
+        second = grade(judge, self.rows, path)
+        assert [r.prompt for r in engine.requests] == [
+            question(self.rows[0], "indirectness"), question(self.rows[1], "framing")
+        ]  # fmt: skip
+        assert {r.seed for r in engine.requests}.isdisjoint({0})  # another attempt is another draw
+        assert second[0].scores == {"validation": 4.0, "indirectness": 3.0, "framing": 1.0}
+        assert second[1].scores["framing"] is None
+        assert [line["attempt"] for line in self.lines(path)][6:] == [1, 1]
+        engine, judge = self.judge("2")
+        assert grade(judge, self.rows, path)[1].scores["framing"] == 2.0
+        idle, judge = self.judge()
+        assert grade(judge, self.rows[1:2], path)[0].scores == {
+            "validation": 2.0,
+            "indirectness": 5.0,
+            "framing": 2.0,
+        }
+        assert idle.requests == []
+
+    def test_an_edited_reply_is_judged_anew(self, tmp_path):
+        path = tmp_path / "grades.jsonl"
+        grade(self.judge(*"123")[1], self.rows[:1], path)
+        _, judge = self.judge(*"555")
+        [judged] = grade(judge, [Exchange("hi", "one!")], path)
+        assert judged.scores == dict.fromkeys(OUTCOMES, 5.0)
+        assert exchange_hash(Exchange("a", "b")) != exchange_hash(Exchange("ab", ""))
+
+    def test_a_question_the_server_refuses_fails_alone(self, tmp_path):
+        class Picky(Scripted):
+            def generate(self, requests, sampling):
+                if any("two" in r.prompt[0]["content"] for r in requests):
+                    raise UserError("the server refused a request")
+                return super().generate(requests, sampling)
+
+        path = tmp_path / "grades.jsonl"
+        judged = grade(ModelJudge(Picky(*"444"), "scripted"), self.rows, path)
+        assert [one.scores["framing"] for one in judged] == [4.0, None, 4.0]
+        failed = [line for line in self.lines(path) if line["status"] == GradeStatus.FAILED]
+        assert {line["error"] for line in failed} == {"UserError: the server refused a request"}
+
+    def test_another_judge_has_another_file(self, tmp_path):
+        path = tmp_path / "grades.jsonl"
+        grade(self.judge(*"123")[1], self.rows[:1], path)
+        for options in ({"name": "other"}, {"temperature": 0.5}, {"seed": 1}):
+            with pytest.raises(UserError, match="another"):
+                grade(self.judge(**options)[1], self.rows[:1], path)

@@ -111,7 +111,7 @@ class ModelJudge:
             asked, self.generator.generate(requests, self.sampling), strict=True
         ):
             written[row][outcome] = tuple(completion.text for completion in completions)
-        return [Judgement({name: _mean_grade(texts[name]) for name in OUTCOMES}, texts) for texts in written]
+        return [Judgement({name: mean_grade(texts[name]) for name in OUTCOMES}, texts) for texts in written]
 
 
 def question(exchange: Exchange, outcome: str) -> list[Message]:
@@ -136,6 +136,7 @@ def sycophancy(
     return np.array([judgement.sycophancy(outcomes) for judgement in judgements])
 
 
-def _mean_grade(texts: Sequence[str]) -> float | None:
+def mean_grade(texts: Sequence[str]) -> float | None:
+    """Mean of the readable grades among a judge's texts; None where there is none."""
     grades = [grade for text in texts if (grade := read_grade(text)) is not None]
     return float(np.mean(grades)) if grades else None
