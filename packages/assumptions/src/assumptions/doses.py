@@ -3,11 +3,13 @@
 1. Every chat is answered at every dose of every direction, with one seed per (chat, sample) whatever the dose: common
    random numbers, so that a curve shows the dose and not fresh sampling noise. Dose 0 is the unedited model, run once.
 2. A judge scores the replies; the curve of a direction is the mean over chats at each dose with a bootstrap interval
-   over chats, Spearman's rho between dose and mean, and the least-squares slope per unit of dose.
+   over chats, Spearman's rho between dose and mean, and the least-squares slope per unit of dose. A dose of which no
+   reply could be judged has mean nan and enters neither; the share of judged replies stands beside every dose.
 Truncated replies are counted at every dose: a reply cut by the token limit biases framing and length.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -17,10 +19,9 @@ import numpy as np
 from assumptions.chats import Chat
 from assumptions.outcomes import Judgement, sycophancy
 from assumptions.steering import Direction, Unit
-from shared.errors import UserError
 from shared.generation import HFGenerator, Request, Sampling
 from shared.models import Model
-from shared.stats import bootstrap_interval, spearman
+from shared.stats import Interval, bootstrap_interval, spearman
 from shared.tokens import Phase
 
 UNEDITED = "none"
@@ -52,7 +53,7 @@ class Curve:
     rho: float
     slope: float
     truncated: list[float]
-    judged: float
+    judged: list[float]
 
 
 def steer(
@@ -92,28 +93,35 @@ def dose_response(
 ) -> Curve:
     """The curve of one direction: mean over the outcomes of the judged scores at each dose, unedited replies at 0.
 
-    Raises UserError when no reply of some dose could be judged.
+    Mean and interval are nan at a dose of which no reply could be judged; rho and slope are over the other doses, nan
+    where fewer than two are left.
     """
     scores = sycophancy(judgements, outcomes)
     mine = [i for i, reply in enumerate(replies) if reply.direction in (direction.name, UNEDITED)]
     doses = sorted({replies[i].dose for i in mine})
-    means, lows, highs, truncated = [], [], [], []
+    means, lows, highs, truncated, judged = [], [], [], [], []
     for dose in doses:
         rows = [i for i in mine if replies[i].dose == dose]
         by_chat = _mean_by_chat([replies[i].chat for i in rows], scores[rows])
-        if not by_chat:
-            raise UserError(
-                f"no reply under {direction.name} at dose {dose} could be judged; lower the doses"
-            )
-        interval = bootstrap_interval(by_chat, seed=seed)
+        interval = (
+            bootstrap_interval(by_chat, seed=seed) if by_chat else Interval(math.nan, math.nan, math.nan)
+        )
         means.append(interval.estimate)
         lows.append(interval.low)
         highs.append(interval.high)
         truncated.append(float(np.mean([replies[i].finish_reason == "length" for i in rows])))
-    rho = float(spearman(doses, means))
-    slope = float(np.polyfit(doses, means, 1)[0]) if len(doses) > 1 else float("nan")
-    judged = float(np.mean(np.isfinite(scores[mine])))
+        judged.append(float(np.mean(np.isfinite(scores[rows]))))
+    rho, slope = _trend(doses, means)
     return Curve(direction.name, direction.kind, doses, means, lows, highs, rho, slope, truncated, judged)
+
+
+def _trend(doses: Sequence[float], means: Sequence[float]) -> tuple[float, float]:
+    """Spearman's rho and least-squares slope of mean on dose over the doses whose mean is known."""
+    known = [(dose, mean) for dose, mean in zip(doses, means, strict=True) if math.isfinite(mean)]
+    if len(known) < 2:
+        return math.nan, math.nan
+    x, y = zip(*known, strict=True)
+    return float(spearman(x, y)), float(np.polyfit(x, y, 1)[0])
 
 
 def _mean_by_chat(names: Sequence[str], scores: np.ndarray) -> list[float]:
