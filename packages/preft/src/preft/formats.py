@@ -28,6 +28,24 @@ from shared.tokens import Phase
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# Keys of peft whose adapters compute something else than W0 x + s B A x with one rank and scale, when they are set.
+UNSUPPORTED = (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# As in vLLM 0.32: these only choose where training starts. Any other named start (PiSSA, OLoRA, CorDA, LoftQ) is taken
+# out of the base weights, so that the saved A and B belong to weights that are not the base model's.
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -103,13 +121,21 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
         raise AdapterError(
             f"{path} is of format {section['format_version']}; this version reads {FORMAT_VERSION}"
         )
-    if unsupported := [
-        key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora") if raw.get(key)
-    ]:
+    if unsupported := [key for key in UNSUPPORTED if raw.get(key)]:
         raise AdapterError(f"{path} uses {', '.join(unsupported)}, which this project does not load")
+    _check_start(raw.get("init_lora_weights"), path)
     if raw.get("peft_type") != "LORA" or raw.get("bias", "none") != "none":
         raise AdapterError(f"{path}: peft_type must be LORA and bias none")
     return SavedAdapter(_config(raw, section), section.get("base_model_fingerprint"))
+
+
+def _check_start(start: Any, path: Path) -> None:
+    """AdapterError where training started from changed base weights."""
+    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
+        raise AdapterError(
+            f"{path} uses init_lora_weights={start!r}, which changes the base weights that the adapter belongs to; "
+            "save it again with peft's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
+        )
 
 
 def _config(raw: dict[str, Any], section: dict[str, Any]) -> AdapterConfig:

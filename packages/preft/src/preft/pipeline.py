@@ -13,13 +13,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from preft.adapters import Adapter, AdapterConfig
+import torch
+
+from preft.adapters import Adapter, AdapterConfig, AdapterError
 from preft.evaluate import heldout_loss
 from preft.formats import load_adapter, save_adapter
 from preft.mixed_batch import MixedRequest, Outcome, match_rate, run_mixed
 from preft.pages import write_pages
 from preft.throughput import Speed, ThroughputConfig, measure
 from preft.train.sft import TrainConfig, train_adapter
+from preft.vllm.precision import check_precision
 from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run
 from shared.serialize import plain
@@ -42,6 +45,13 @@ class AdapterServingConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
     engine: dict[str, Any] = field(default_factory=dict)  # further arguments of vllm.LLM
+
+    def __post_init__(self) -> None:
+        for key in {"dtype", "lora_dtype"} & set(self.engine):
+            raise AdapterError(
+                f"engine.{key}: the engine computes in the model's type, or its answers could not be compared with "
+                "the reference's; set model.dtype"
+            )
 
     def adapter(self, kind: str) -> AdapterConfig:
         """The adapter of a kind: lora on all tokens, lora_p and reft_p on the phase of their settings."""
@@ -118,10 +128,12 @@ def serve(
     slots = max(2, min(config.throughput.adapters, 16))
     room = config.throughput.adapters * len(KINDS) + len(folders)
     engine = {"max_loras": slots, "max_cpu_loras": room, "disable_log_stats": True} | config.engine
-    with VLLMGenerator(model.config, adapters=folders, **engine) as generator:
+    # "auto" may mean one type to transformers and another to vLLM: the engine gets the reference's.
+    served = replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
+    with VLLMGenerator(served, adapters=folders, **engine) as generator:
         requests = list(mixed_requests(users, config))
         outcomes = run_mixed(generator, model, adapters, requests, config.max_tokens, run.seed)
-        arms = {"base": [], **{kind: _copies(folders, kind, config.throughput.adapters) for kind in KINDS}}
+        arms = {"base": [], **{kind: copies(folders, kind, config.throughput.adapters) for kind in KINDS}}
         speeds = measure(generator.llm, arms, config.throughput, model.architecture.vocab_size)
     return outcomes, speeds
 
@@ -135,12 +147,15 @@ def mixed_requests(users: list[UserData], config: AdapterServingConfig) -> Itera
                 yield MixedRequest(user.name, kind, adapter, chat[:-1], chat[-1]["content"])
 
 
-def _copies(folders: dict[str, Path], kind: str, count: int) -> list[Any]:
-    """`count` adapters of a kind with ids of their own: the trained ones, loaded as often as needed."""
+def copies(folders: dict[str, Path], kind: str, count: int) -> list[Any]:
+    """`count` vLLM requests for adapters of a kind: the trained ones, loaded as often as needed.
+
+    Their ids follow those of the generator's own adapters, 1 to len(folders), kind after kind.
+    """
     from vllm.lora.request import LoRARequest
 
     paths = [path for name, path in folders.items() if name.endswith(f"-{kind}")]
-    first = 1000 * (1 + KINDS.index(kind))  # ids apart from those of the generator's own adapters
+    first = 1 + len(folders) + KINDS.index(kind) * count
     return [
         LoRARequest(f"{kind}-copy{i}", first + i, str(paths[i % len(paths)].resolve())) for i in range(count)
     ]
@@ -149,6 +164,8 @@ def _copies(folders: dict[str, Path], kind: str, count: int) -> list[Any]:
 def run_pipeline(config: AdapterServingConfig, model_config: ModelConfig, run: Run) -> dict[str, Any]:
     """Run the pipeline in its folder; returns match_rate, heldout_loss and throughput (tokens/s) by kind."""
     model = run.use_model(load(model_config))
+    # Where a GPU is visible vLLM runs on it, whatever the reference's device.
+    check_precision(model.dtype, model.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     users = user_data(config, run.seed)
     folders = train_users(model, users, config, run)
     adapters = {name: load_adapter(folder, model.hf, model.fingerprint) for name, folder in folders.items()}

@@ -93,6 +93,27 @@ PATCHES = (
     ),
     Patch("vllm.v1.engine.core", "EngineCore", "add_lora", ("self", "lora_request"), scheduling.refreshing),
     Patch("vllm.v1.engine.core", "EngineCore", "remove_lora", ("self", "lora_id"), scheduling.forgetting),
+    Patch(
+        "vllm.v1.engine.llm_engine", "LLMEngine", "add_lora", ("self", "lora_request"), scheduling.refreshing
+    ),
+    Patch(
+        "vllm.v1.engine.llm_engine", "LLMEngine", "remove_lora", ("self", "lora_id"), scheduling.forgetting
+    ),
+    Patch(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM",
+        "add_lora",
+        ("self", "lora_request"),
+        scheduling.refreshing_async,
+    ),
+    Patch("vllm.v1.engine.async_llm", "AsyncLLM", "remove_lora", ("self", "lora_id"), scheduling.forgetting),
+    Patch(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor",
+        "_validate_lora",
+        ("self", "lora_request"),
+        scheduling.validating,
+    ),
 )
 HASH_KEYS = Patch(
     "vllm.v1.core.kv_cache_utils",

@@ -12,6 +12,7 @@ from numpy import ndarray
 
 from preft.vllm.identity import AdapterRegistry
 from preft.vllm.mapping import StepMap, map_step, phase_interval
+from preft.vllm.precision import check_precision
 from preft.vllm.residual import SITE, add_sites
 
 worker_adapters = AdapterRegistry()  # of the process that runs the model
@@ -132,10 +133,14 @@ def get_activate_loras_v2(_: Callable[..., set[Any]]) -> Callable[..., set[Any]]
 
 
 def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`LoRAModelRunnerMixin.load_lora_model`: add the residual sites first, and give V2's LoraState its positions."""
+    """`LoRAModelRunnerMixin.load_lora_model`: add the residual sites first, and give V2's LoraState its positions.
+
+    AdapterError where the device's operators cannot work in the engine's types.
+    """
 
     def load_with_sites(runner: Any, model: Any, vllm_config: Any, device: Any) -> Any:
         lora_config = vllm_config.lora_config
+        check_precision(vllm_config.model_config.dtype, lora_config.lora_dtype, device.type)
         add_sites(model, lora_config.lora_dtype, device, lora_config.target_modules)
         if hasattr(runner, "lora_state"):
             runner.lora_state.request_states = runner.req_states

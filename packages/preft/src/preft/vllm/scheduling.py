@@ -16,14 +16,15 @@ boundary depends on where in it the boundary lies. Here block [start, end) of a 
 The key is taken from the request's own adapter, not from the property, so it does not depend on when a block fills.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from preft.vllm.identity import AdapterIdentity, AdapterRegistry
 from preft.vllm.mapping import phase_interval
 from shared.tokens import Phase
 
-scheduler_adapters = AdapterRegistry()  # of the process that runs the scheduler
+# One a process: the front one refuses bad requests with it, the scheduler keys blocks by it.
+adapter_registry = AdapterRegistry()
 
 HashKeys = tuple[Any, ...] | None
 
@@ -38,7 +39,7 @@ def get_lora_request(request: Any) -> Any:
 
 def set_lora_request(request: Any, lora_request: Any) -> None:
     """Setter of `Request.lora_request`: reads the adapter's identity; ValueError if the folder is unusable."""
-    request._adapter = scheduler_adapters.resolve(lora_request) if lora_request is not None else None
+    request._adapter = adapter_registry.resolve(lora_request) if lora_request is not None else None
     request._own_lora_request = lora_request
 
 
@@ -73,22 +74,46 @@ def with_block_keys(original: Callable[..., tuple[HashKeys, int]]) -> Callable[.
     return generate_block_hash_extra_keys
 
 
+def validating(original: Callable[..., None]) -> Callable[..., None]:
+    """`InputProcessor._validate_lora` that refuses an unusable adapter before the engine has taken the request in."""
+
+    def _validate_lora(processor: Any, lora_request: Any) -> None:
+        original(processor, lora_request)
+        if lora_request is not None:
+            adapter_registry.resolve(lora_request)
+
+    return _validate_lora
+
+
 def refreshing(original: Callable[..., bool]) -> Callable[..., bool]:
-    """`EngineCore.add_lora` that reads the adapter's identity again where it is loaded anew."""
+    """`add_lora` of an engine that reads the adapter's identity again once it is loaded anew."""
 
     def add_lora(engine: Any, lora_request: Any) -> bool:
+        added = original(engine, lora_request)
         if lora_request.load_inplace:
-            scheduler_adapters.refresh(lora_request)
-        return original(engine, lora_request)
+            adapter_registry.refresh(lora_request)
+        return added
 
     return add_lora
 
 
-def forgetting(original: Callable[..., bool]) -> Callable[..., bool]:
-    """`EngineCore.remove_lora` that forgets the adapter's identity."""
+def refreshing_async(original: Callable[..., Awaitable[bool]]) -> Callable[..., Awaitable[bool]]:
+    """`refreshing` for the asynchronous engine."""
 
-    def remove_lora(engine: Any, lora_id: int) -> bool:
-        scheduler_adapters.forget(lora_id)
+    async def add_lora(engine: Any, lora_request: Any) -> bool:
+        added = await original(engine, lora_request)
+        if lora_request.load_inplace:
+            adapter_registry.refresh(lora_request)
+        return added
+
+    return add_lora
+
+
+def forgetting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`remove_lora` of an engine, asynchronous or not, that forgets the adapter's identity."""
+
+    def remove_lora(engine: Any, lora_id: int) -> Any:
+        adapter_registry.forget(lora_id)
         return original(engine, lora_id)
 
     return remove_lora
