@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 from assumptions.metrics import extremes_auroc
 from assumptions.organism import filter_cosine, filter_limit, pattern_cosine, plant, signal_share
 from assumptions.ridge import Factors, r2
-from assumptions.selection import choose, held_out_r2, shuffled_r2
+from assumptions.selection import choose, held_out_r2, shuffled_searches
 from assumptions.splits import Split
 
 NOISE = math.sqrt(1 / 12 * (1 / 0.703 - 1))  # rho = 0.703 at strength 1
@@ -95,7 +95,9 @@ def test_the_informative_block_is_chosen_and_shuffled_labels_find_nothing():
     assert [one.block_index for one in chosen] == [1] * 9
     assert all(len(one.curve) == 3 and one.curve[1] == one.r2_validation for one in chosen)
     assert min(held_out_r2(chosen, pooled, planted.latents_BK, split)) > 0.5
-    assert np.mean(shuffled_r2(pooled, planted.latents_BK, split, repeats=5)) <= 0.0
+    searches = shuffled_searches(pooled, planted.latents_BK, split, repeats=5)
+    assert len(searches) == 5
+    assert np.mean([held_out_r2(one.chosen, pooled, one.targets_BK, split) for one in searches]) <= 0.0
 
 
 def test_of_blocks_that_read_alike_the_earliest_is_taken():

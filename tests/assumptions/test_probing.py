@@ -7,20 +7,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from assumptions.chats import Chat, read_chats
 from assumptions.dimensions import NAMES
 from assumptions.evaluation import bag_of_words_r2, evaluate_probes
 from assumptions.features import Features, block_outputs, capture_features, pool
+from assumptions.metrics import extremes_auroc
 from assumptions.organism import plant
 from assumptions.probe_files import load_probes, save_probes
 from assumptions.probes import fit_probes
+from assumptions.selection import shuffled_searches
 from assumptions.splits import Split, group_split, leave_one_source_out, row_hash
 from assumptions.steering import cosines, pattern_direction, probe_direction, random_directions
 from shared.errors import UserError
 from shared.hooks import capture, edit
 from shared.interventions import load_interventions, save_interventions
 from shared.models import load
+from shared.stats import spearman
 
 WORDS = ("rent", "job", "praise", "critique", "team", "advice", "tears", "money")
 
@@ -201,7 +205,7 @@ class TestProbes:
         assert loaded.data_hash == probes.data_hash
         assert replace(loaded, probes={}) == replace(probes, probes={})
 
-    def test_files_say_what_they_belong_to(self, study, tmp_path):
+    def test_files_say_what_they_belong_to(self, study, model, tmp_path):
         """T26: dimension, block, site, labeller, template and data are in the card; other weights are refused."""
         import json
 
@@ -214,6 +218,12 @@ class TestProbes:
         assert len(card["trained_on"]) == len(study[3].train) + len(study[3].validation)
         with pytest.raises(UserError, match="fingerprint"):
             load_probes(tmp_path, load(ModelConfig("random:llama", seed=1)))
+        narrow = {
+            name: tensor[:-1].clone() for name, tensor in load_file(tmp_path / "probes.safetensors").items()
+        }
+        save_file(narrow, tmp_path / "probes.safetensors")
+        with pytest.raises(UserError, match=f"the model is {model.architecture.width} wide"):
+            load_probes(tmp_path, model)
         with pytest.raises(UserError, match=r"no probes\.json"):
             load_probes(tmp_path / "elsewhere")
 
@@ -226,6 +236,12 @@ class TestProbes:
             probes.check(features)
         with pytest.raises(UserError, match="span"):
             probes.check(replace(held, span="last"))
+        labels, chosen = study[2], study[5]
+        swapped = Split(split.test, split.validation, split.train)
+        with pytest.raises(UserError, match="used to fit"):
+            evaluate_probes(features, labels, probes, chosen, swapped, rows)
+        with pytest.raises(UserError, match="rendering"):
+            evaluate_probes(replace(features, rendering="x"), labels, probes, chosen, split, rows)
 
     def test_figures_stand_beside_their_controls(self, study):
         rows, features, labels, split, probes, chosen = study
@@ -237,6 +253,35 @@ class TestProbes:
             assert score.r2 > score.r2_shuffled
             assert len(score.curve) == model_blocks(features)
             assert score.auroc.auroc is None or score.auroc.auroc > 0.8
+
+    def test_every_figure_has_its_control_under_shuffled_labels(self):
+        """Where the rows say everything about the labels, shuffled labels go through the same figures and fail."""
+        planted = plant(600, 16, noise=0.05, seed=3)
+        rows = [Chat(str(i), f"row {i}", source="ab"[i % 2]) for i in range(600)]
+        hashes = tuple(row_hash(row) for row in rows)
+        features = Features(("blocks.0.output",), planted.resid_BD[None], "user", hashes, "r", "f")
+        split = group_split(rows)
+        probes, chosen = fit_probes(features, planted.latents_BK, NAMES, split, "latents")
+        scores = evaluate_probes(
+            features, planted.latents_BK, probes, chosen, split, rows, shuffles=8
+        ).values()
+        for score in scores:
+            assert min(score.spearman, score.auroc.auroc, score.auroc_quantile.auroc) > 0.95
+        assert -0.2 < np.mean([score.r2_shuffled for score in scores]) < 0.02
+        assert abs(np.mean([score.spearman_shuffled for score in scores])) < 0.05
+        assert np.mean([score.auroc_shuffled for score in scores]) == pytest.approx(0.5, abs=0.05)
+        assert np.mean([score.auroc_quantile_shuffled for score in scores]) == pytest.approx(0.5, abs=0.05)
+        [again] = shuffled_searches(features.pooled_LBD, planted.latents_BK, split, 1, seed=4)
+        one = evaluate_probes(features, planted.latents_BK, probes, chosen, split, rows, shuffles=1, seed=4)
+        test = split.test
+        for k, name in enumerate(NAMES):
+            predicted = again.chosen[k].predict(features.pooled_LBD[0][test]).numpy()
+            truth = again.targets_BK[test][:, k].numpy()
+            assert one[name].spearman_shuffled == pytest.approx(spearman(predicted, truth))
+            assert one[name].auroc_shuffled == extremes_auroc(predicted, truth).auroc
+        none = evaluate_probes(features, planted.latents_BK, probes, chosen, split, rows, shuffles=0)
+        assert np.isnan(none[NAMES[0]].spearman_shuffled)
+        assert none[NAMES[0]].auroc_shuffled is None
 
     def test_bag_of_words_reads_words_but_not_negation(self):
         draw = np.random.default_rng(0)

@@ -77,6 +77,8 @@ def _probe_row(name: str, score: ProbeScore) -> dict[str, Any]:
         "rows": f"{extremes.n_low} / {extremes.n_high}",
         "R2 bag of words": score.r2_bag_of_words,
         "R2 shuffled": score.r2_shuffled,
+        "Spearman shuffled": score.spearman_shuffled,
+        "AUROC shuffled": score.auroc_shuffled,
     }
 
 
@@ -95,7 +97,8 @@ def add_steering(
         "block, prompt and reply alike; a positive dose raises the labelled score. Expected effect of a positive dose "
         f"on sycophancy: {signs}. Every message keeps its random numbers at all doses; {messages} messages; bands are "
         "95% bootstrap intervals over messages; random directions have the same block and the same norm. Scores run "
-        "from 1 to 5, the mean of the outcomes that the dimension should move."
+        "from 1 to 5, the mean of the outcomes that the dimension should move. A dose without a judged reply has no "
+        "mean (nan) and enters neither rho nor slope."
     )
     report.figure(dose_chart(curves, unit, outcomes), "Dose against judged sycophancy.")
     report.table(
@@ -118,7 +121,7 @@ def _curve_row(name: str, curve: Curve) -> dict[str, Any]:
         "dose 0": curve.means[curve.doses.index(0.0)],
         "highest dose": curve.means[-1],
         "cut by length": max(curve.truncated),
-        "judged": curve.judged,
+        "judged, by dose": " ".join(f"{share:.2f}" for share in curve.judged),
     }
 
 

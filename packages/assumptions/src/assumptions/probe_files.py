@@ -61,6 +61,8 @@ def load_probes(folder: Path, model: Model | None = None) -> ProbeSet:
             f"this model has {model.fingerprint}: fit probes on it, or load the model they belong to"
         )
     tensors = load_file(folder / "probes.safetensors")
+    if model is not None:
+        _check_width(folder, tensors, model.architecture.width)
     probes = {name: _probe(name, row, tensors) for name, row in card["probes"].items()}
     return ProbeSet(
         probes,
@@ -70,6 +72,15 @@ def load_probes(folder: Path, model: Model | None = None) -> ProbeSet:
         card["labeller"],
         tuple(card["trained_on"]),
     )
+
+
+def _check_width(folder: Path, tensors: dict[str, Tensor], width: int) -> None:
+    wrong = sorted(name for name, tensor in tensors.items() if tensor.shape != (width,))
+    if wrong:
+        raise UserError(
+            f"{folder}: {wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}, the model is {width} wide; "
+            "load the model these probes belong to"
+        )
 
 
 def _probe(name: str, row: dict[str, Any], tensors: dict[str, Tensor]) -> Probe:

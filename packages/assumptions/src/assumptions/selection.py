@@ -10,6 +10,7 @@ probes do: on noise its test R2 is at most zero on average, whatever the number 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -88,17 +89,26 @@ def held_out_r2(
     return scores
 
 
-def shuffled_r2(
+class Shuffled(NamedTuple):
+    """One search under permuted labels: the read-outs kept, and the labels they were fitted and are tested on."""
+
+    chosen: list[Chosen]
+    targets_BK: Float[Tensor, "B K"]
+
+
+def shuffled_searches(
     pooled_LBD: Float[Tensor, "L B D"],
     targets_BK: Float[Tensor, "B K"],
     split: Split,
     repeats: int = 5,
     seed: int = 0,
     strengths: Sequence[float] = STRENGTHS,
-) -> list[float]:
-    """Mean test R2 per target when the rows of the labels are permuted before the whole search."""
+) -> list[Shuffled]:
+    """The whole search with the rows of the labels permuted before it, `repeats` times."""
     draw = torch.Generator().manual_seed(seed)
     shuffled = [targets_BK[torch.randperm(len(targets_BK), generator=draw)] for _ in range(repeats)]
-    stacked_BK = torch.cat(shuffled, dim=1)
-    scores = held_out_r2(choose(pooled_LBD, stacked_BK, split, strengths), pooled_LBD, stacked_BK, split)
-    return torch.tensor(scores).reshape(repeats, -1).nanmean(0).tolist()
+    if not shuffled:
+        return []
+    chosen = choose(pooled_LBD, torch.cat(shuffled, dim=1), split, strengths)
+    width = targets_BK.shape[1]
+    return [Shuffled(chosen[i * width : (i + 1) * width], one) for i, one in enumerate(shuffled)]
