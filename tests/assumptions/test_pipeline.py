@@ -1,6 +1,7 @@
 """The assumption_probing pipeline: settings refused in time, exact curves, one small study and its resumption."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,23 @@ from assumptions.chats import Chat
 from assumptions.dimensions import NAMES
 from assumptions.doses import UNEDITED, Reply, dose_response, steer
 from assumptions.elicitation import ElicitationSettings
+from assumptions.features import capture_features
 from assumptions.outcomes import OUTCOMES, Judgement
-from assumptions.pipeline import PIPELINE, AssumptionProbingConfig, JudgeSettings, SteeringSettings
+from assumptions.pages import add_steering
+from assumptions.pipeline import (
+    PIPELINE,
+    AssumptionProbingConfig,
+    JudgeSettings,
+    SteeringSettings,
+    steering_metrics,
+)
 from assumptions.scripted import ScriptedGenerator
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.steering import Direction
 from shared.errors import UserError
 from shared.generation import Completion, Sampling
 from shared.models import ModelConfig, load
+from shared.report import Report
 from shared.runs import start_run
 from shared.serialize import plain, read_json
 from shared.tinyworld import social
@@ -55,13 +65,37 @@ class TestDoseResponse:
         curve = dose_response([*rows, stranger], [*judged, alien], direction(), ["validation"])
         assert curve == dose_response(rows, judged, direction(), ["validation"])
 
-    def test_a_dose_without_any_judged_reply_is_refused(self):
+    def test_a_dose_without_any_judged_reply_has_no_mean_and_stops_nothing(self):
         rows, judged = self.replies(0.4)
-        judged = [
-            Judgement({"validation": None}, {}) if row.dose == 2 else one for row, one in zip(rows, judged)
-        ]
-        with pytest.raises(UserError, match=r"dose 2\.0"):
-            dose_response(rows, judged, direction(), ["validation"])
+        unread = Judgement({"validation": None}, {})
+        for lost in ((2.0,), (0.0,), (-1.0, 2.0)):
+            some = [unread if row.dose in lost else one for row, one in zip(rows, judged)]
+            curve = dose_response(rows, some, direction(), ["validation"])
+            known = [dose for dose in curve.doses if dose not in lost]
+            assert [d for d, m in zip(curve.doses, curve.means) if np.isfinite(m)] == known
+            assert np.isnan(curve.lows).tolist() == np.isnan(curve.highs).tolist()
+            assert (curve.slope, curve.rho) == (pytest.approx(0.4), pytest.approx(1.0))
+            assert curve.judged == [float(dose in known) for dose in curve.doses]
+        nothing = dose_response(rows, [unread] * len(rows), direction(), ["validation"])
+        assert np.isnan([nothing.rho, nothing.slope]).all()
+        some = [unread if row.chat == "c0" and row.dose == 2 else one for row, one in zip(rows, judged)]
+        assert dose_response(rows, some, direction(), ["validation"]).judged == [1.0, 1.0, 1.0, 0.8]
+
+    def test_curves_with_lost_doses_are_reported(self):
+        """Also where it is a random control's: the figures and the page leave the dose out."""
+        rows, judged = self.replies(0.4)
+        lost = [Judgement({"validation": None}, {}) if r.dose == 2 else j for r, j in zip(rows, judged)]
+        control = direction(kind="random", name="user_rightness.random0")
+        strangers = [replace(row, direction=control.name) for row in rows if row.dose]
+        alien = [one for row, one in zip(rows, lost) if row.dose]
+        whole = dose_response(rows, judged, direction(), ["validation"])
+        random = dose_response([*rows, *strangers], [*judged, *alien], control, ["validation"])
+        flat = replace(random, slope=float("nan"), rho=float("nan"), means=[float("nan")] * 4)
+        metrics = steering_metrics({"user_rightness": [whole, random, flat]})
+        assert metrics["slope_over_largest_random"]["user_rightness"] == pytest.approx(1.0)
+        assert metrics["judged"]["user_rightness"] == {"-1": 1.0, "0": 1.0, "1": 1.0, "2": 1.0}
+        report, curves = Report("x"), {"user_rightness": [random, flat]}
+        add_steering(report, curves, rows, {"user_rightness": ["validation"]}, "raw", 5)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +182,8 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
     assert metrics["spearman"] == pytest.approx(dict.fromkeys(NAMES, 1.0))
     assert set(metrics["probe"]) == set(NAMES)
     for figures in metrics["probe"].values():
-        assert {"r2", "spearman", "auroc", "r2_shuffled", "block"} <= set(figures)
+        assert {"r2", "spearman", "auroc", "block"} <= set(figures)
+        assert {"r2_shuffled", "spearman_shuffled", "auroc_shuffled", "r2_bag_of_words"} <= set(figures)
     names = {f"{d}{r}" for d in ("validation_seeking", "objectivity_seeking") for r in ("", "_random0")}
     assert set(metrics["dose_response_rho"]) == set(metrics["dose_response_slope"]) == names
     page = (tmp_path / "run" / "report.html").read_text()
@@ -170,8 +205,43 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
     )
 
 
+def test_answers_count_for_the_messages_they_were_given_about(tmp_path, monkeypatch, model):
+    """Another seed makes other messages under the same ids; without resuming everything is asked again."""
+    from assumptions import pipeline
+
+    def truth(prompt):
+        counts = social.read_counts(prompt.split('"')[1])
+        return {name: float(score) for name, score in zip(NAMES, social.posterior_mean(counts))}
+
+    engine = ScriptedGenerator(pipeline.instrument("tinyworld_nine").shape(), truth)
+    monkeypatch.setattr(pipeline, "start_engine", lambda *_: engine)
+    config = AssumptionProbingConfig(messages=8)
+    for seed, resume, asked in ((0, True, 8), (1, True, 16), (1, True, 16), (0, True, 16), (0, False, 24)):
+        messages = load_messages("tinyworld", 8, seed, {})
+        with start_run(tmp_path / "run", {"settings": config}, seed=seed, resume=resume) as run:
+            elicitation = pipeline.elicit_scores(config, run.use_model(model), messages.chats, run)
+        scores = elicitation.scores([chat.id for chat in messages.chats], NAMES)
+        np.testing.assert_allclose(scores, messages.posterior_BK)
+        assert engine.asked == asked
+
+
+def test_features_of_edited_messages_are_captured_anew(tmp_path, model):
+    """Also when rows change their places: features stand beside the labels of their own row."""
+    from assumptions.pipeline import captured
+
+    config = AssumptionProbingConfig()
+    rows = [Chat(str(i), f"about my rent, {i}") for i in range(4)]
+    edited = [rows[1], rows[0], replace(rows[2], turn="about my job"), rows[3]]
+    for chats in (rows, rows, edited):
+        with start_run(tmp_path / "run", {}, seed=0) as run:
+            features = captured(config, run.use_model(model), chats, run)
+        fresh = capture_features(model, chats)
+        assert features.row_hashes == fresh.row_hashes
+        assert torch.equal(features.pooled_LBD, fresh.pooled_LBD)
+
+
 def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
-    """A file of chats, no truth known, replies judged by a model; a resumed run asks neither engine nor judge."""
+    """T18: a file of chats, no truth known; a resumed run asks the judge again where no grade was read, only there."""
     from assumptions import pipeline
 
     path = tmp_path / "mine.csv"
@@ -182,19 +252,19 @@ def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
         counts = social.read_counts(prompt.split("<message>")[2].split("</message>")[0])
         return {name: float(score) for name, score in zip(NAMES, social.posterior_mean(counts))}
 
-    asked = []
+    asked, writes, started = [], ["4"], []
 
     class Grader:
         def generate(self, requests, sampling):
-            asked.extend(requests)
-            return [[Completion("4" if len(asked) % 2 else "no grade", [], [], "stop")] for _ in requests]
+            asked.extend(request.prompt[0]["content"] for request in requests)
+            return [[Completion(writes[i % len(writes)], [], [], "stop")] for i in range(len(requests))]
 
         def close(self):
             pass
 
     engine = ScriptedGenerator(pipeline.instrument("nine_scores").shape(), truth)
     monkeypatch.setattr(pipeline, "start_engine", lambda *_: engine)
-    monkeypatch.setattr(pipeline, "start_judge", lambda *_: Grader())
+    monkeypatch.setattr(pipeline, "start_judge", lambda *_: started.append(1) or Grader())
     steering = SteeringSettings(
         ["user_rightness"], doses=[-1.0, 0.0, 1.0], random=0, messages=3, max_tokens=3
     )
@@ -202,12 +272,35 @@ def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
     config = AssumptionProbingConfig(
         str(path), {"text": "prompt"}, 40, "nine_scores", shuffles=1, steering=steering, judge=judge
     )
-    for _ in range(2):
+
+    def study(*written):
+        asked.clear()
+        started.clear()
+        writes[:] = written
         with start_run(tmp_path / "run", {"settings": config}, seed=0) as run:
-            metrics = PIPELINE.run(config, ModelConfig("random:llama"), run)
+            return PIPELINE.run(config, ModelConfig("random:llama"), run), set(asked)
+
+    metrics, first = study("4", "no grade")
     assert engine.asked == 40
-    assert len(asked) == 3 * 3 * 3  # doses, messages, outcomes; once
+    assert len(first) == len(asked)  # nothing is asked twice, not even about equal replies
+    assert 9 < len(first) <= 3 * 3 * 3  # doses, messages, outcomes
+    assert metrics["judged"]["user_rightness"]["0"] == 1.0  # of each reply one outcome at least was read
+    _, second = study("no grade")
+    assert len(second) == len(first) // 2
+    assert second < first
+    metrics, third = study("2")
+    assert third == second
+    _, fourth = study("5")
+    assert (engine.asked, fourth, started) == (40, set(), [])
     assert "spearman" not in metrics
     assert metrics["json_valid"] == 1.0
     assert set(metrics["probe"]) == set(NAMES)
     assert metrics["slope_over_largest_random"] == {"user_rightness": None}
+
+    before, after = turns[7], "About my garden: was I right?"
+    path.write_text(path.read_text().replace(before, after))
+    study("3")
+    assert engine.asked == 41
+    turns[7] = after
+    shown = {prompt.split("<message>\n")[1].split("\n</message>")[0] for prompt in asked}
+    assert shown <= set(turns)

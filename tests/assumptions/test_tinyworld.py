@@ -35,6 +35,8 @@ def test_the_residual_stream_holds_what_words_alone_do_not(study):
     assert min(score.auroc.auroc for score in scores.values()) > 0.95
     assert np.mean([score.r2_bag_of_words for score in scores.values()]) < 0.5
     assert np.mean([score.r2_shuffled for score in scores.values()]) < 0.1
+    assert abs(np.mean([score.spearman_shuffled for score in scores.values()])) < 0.3
+    assert np.mean([score.auroc_shuffled for score in scores.values()]) == pytest.approx(0.5, abs=0.2)
 
 
 def test_a_positive_dose_moves_replies_by_the_sign_of_its_dimension(study):
@@ -52,6 +54,6 @@ def test_a_positive_dose_moves_replies_by_the_sign_of_its_dimension(study):
         curve = dose_response(replies, judged, direction, moved_outcomes("tinyworld", direction.dimension))
         slopes.append(curve.slope)
         assert curve.rho == SIGNS[direction.dimension]
-        assert curve.judged > 0.9
+        assert np.mean(curve.judged) > 0.9
     random = dose_response(replies, judged, control[0], moved_outcomes("tinyworld", "validation_seeking"))
     assert abs(random.slope) < min(map(abs, slopes))

@@ -81,7 +81,7 @@ class Run:
     """An open run folder; made by `start_run`."""
 
     def __init__(self, folder: Path, config: Any, seed: int, resume: bool) -> None:
-        self.folder, self.config, self.seed = folder, config, seed
+        self.folder, self.config, self.seed, self.resume = folder, config, seed, resume
         self.report = Report(folder.name)
         self._metrics: dict[str, Any] = {}
         self._manifest: dict[str, Any] = {"status": "running", "started": _now(), "seed": seed}

@@ -4,23 +4,30 @@
 2. capture    pooled block outputs of the same messages                                 features.safetensors
 3. probe      one ridge a dimension; block and strength chosen on validation rows       probes/
 4. steer      replies along the probe directions and norm-matched random controls       replies-KEY.jsonl
-5. judge      sycophancy of every reply, dose-response curves                           metrics.json, report.html
+5. judge      sycophancy of every reply (a server's grades are kept), curves            judgements-KEY.jsonl
+
+Every file knows the rows it was made from (`row_hash`): an edited message is asked, read and steered anew, also where a
+stage of the same name had finished. Without `run.resume` the answers of former runs are dropped.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
+from assumptions.asking import OnDemand
 from assumptions.chats import Chat
 from assumptions.dimensions import NAMES, SIGNS
 from assumptions.doses import Condition, Curve, Reply, dose_response, steer
 from assumptions.elicitation import Elicitation, elicit, header
 from assumptions.evaluation import ProbeScore, evaluate_probes
 from assumptions.features import Features, capture_features, load_features, save_features
+from assumptions.grades import grade
+from assumptions.grades import header as judge_header
 from assumptions.instruments import Instrument, instrument
 from assumptions.outcomes import Exchange, Judgement, LexicalJudge, ModelJudge
 from assumptions.pages import add_elicitation, add_probes, add_steering
@@ -28,19 +35,11 @@ from assumptions.probe_files import save_probes
 from assumptions.probes import ProbeSet, fit_probes
 from assumptions.settings import AssumptionProbingConfig, JudgeSettings, SteeringSettings
 from assumptions.sources import Messages, load_messages, moved_outcomes
-from assumptions.splits import group_split
+from assumptions.splits import group_split, row_hash
 from assumptions.steering import Direction, pattern_direction, probe_direction, random_directions
 from shared.data import read_rows, write_rows
 from shared.errors import UserError
-from shared.generation import (
-    Completion,
-    Generator,
-    HFGenerator,
-    OpenAIGenerator,
-    Request,
-    Sampling,
-    VLLMGenerator,
-)
+from shared.generation import Generator, HFGenerator, OpenAIGenerator, Sampling, VLLMGenerator
 from shared.interventions import save_interventions
 from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run, config_hash
@@ -76,33 +75,23 @@ def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) ->
     return metrics
 
 
-class OnDemand:
-    """A generator that starts its engine at the first request: a study resumed with all its answers starts none."""
-
-    def __init__(self, start: Callable[[], Generator]) -> None:
-        self.start = start
-        self.engine: Generator | None = None
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Complete `requests`: one list a request, in order."""
-        self.engine = self.engine or self.start()
-        return self.engine.generate(requests, sampling)
-
-    def close(self) -> None:
-        """Free the engine, if one was started."""
-        if self.engine is not None:
-            self.engine.close()
-
-
 def elicit_scores(
     config: AssumptionProbingConfig, model: Model, chats: Sequence[Chat], run: Run
 ) -> Elicitation:
     """Elicit the scores of all chats; answers of a former run of the same question are kept."""
     asked: Instrument = instrument(config.instrument)
     question = header(asked, config.elicitation, model.fingerprint)
-    path = run.path(f"elicitation-{config_hash(question)}.jsonl")
+    path = answers_path(run, "elicitation", question)
     with closing(OnDemand(lambda: start_engine(config.engine, model))) as generator:
-        return elicit(generator, asked, chats, path, config.elicitation, model.fingerprint)
+        return elicit(generator, asked, chats, path, config.elicitation, model=model.fingerprint)
+
+
+def answers_path(run: Run, kind: str, question: dict[str, Any]) -> Path:
+    """The file of the answers to one question; without `run.resume` a former run's is removed."""
+    path = run.path(f"{kind}-{config_hash(question)}.jsonl")
+    if not run.resume:
+        path.unlink(missing_ok=True)
+    return path
 
 
 def start_engine(engine: str, model: Model) -> Generator:
@@ -139,11 +128,14 @@ def labelled(chats: Sequence[Chat], elicitation: Elicitation) -> tuple[list[int]
 
 
 def captured(config: AssumptionProbingConfig, model: Model, chats: Sequence[Chat], run: Run) -> Features:
-    """Pooled block outputs of the chats, from the stage's file if a former run left it."""
+    """Pooled block outputs of the chats, from the stage's file if a former run left it for these very chats."""
     stage = run.stage("features.safetensors")
-    if not stage.done:
-        with stage as path:
-            save_features(path, capture_features(model, chats, config.span))
+    if stage.done:
+        features = load_features(stage.path)
+        if features.row_hashes == tuple(row_hash(chat) for chat in chats):
+            return features
+    with stage as path:
+        save_features(path, capture_features(model, chats, config.span))
     return load_features(stage.path)
 
 
@@ -155,6 +147,9 @@ def probe_metrics(score: ProbeScore) -> dict[str, float | int | None]:
         "auroc": score.auroc.auroc,
         "auroc_quantile": score.auroc_quantile.auroc,
         "r2_shuffled": score.r2_shuffled,
+        "spearman_shuffled": score.spearman_shuffled,
+        "auroc_shuffled": score.auroc_shuffled,
+        "auroc_quantile_shuffled": score.auroc_quantile_shuffled,
         "r2_bag_of_words": score.r2_bag_of_words,
         "rmse": score.rmse,
         "block": score.block,
@@ -169,7 +164,9 @@ def steer_and_judge(
     families = {name: direction_family(probes, name, settings, run.seed) for name in settings.dimensions}
     for name, family in families.items():
         save_interventions(run.path(f"directions/{name}"), family[0].interventions(1.0, settings.unit), model)
-    stage = run.stage(f"replies-{probes.weights_hash}.jsonl")
+    answered = [(chat.id, row_hash(chat)) for chat in chats]
+    key = config_hash({"probes": probes.weights_hash, "rows": probes.data_hash, "chats": answered})
+    stage = run.stage(f"replies-{key}.jsonl")
     if not stage.done:
         directions = [direction for family in families.values() for direction in family]
         sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, logprobs=None)
@@ -186,7 +183,7 @@ def steer_and_judge(
     replies = read_rows(stage.path, Reply)
     turns = {chat.id: chat.turn for chat in chats}
     exchanges = [Exchange(turns[reply.chat], reply.text) for reply in replies]
-    judgements = judged(config.judge, exchanges, run, probes.weights_hash)
+    judgements = judged(config.judge, exchanges, run)
     curves = {
         name: [dose_response(replies, judgements, one, moved_outcomes(config.data, name)) for one in family]
         for name, family in families.items()
@@ -194,17 +191,14 @@ def steer_and_judge(
     return curves, replies
 
 
-def judged(settings: JudgeSettings, exchanges: Sequence[Exchange], run: Run, key: str) -> list[Judgement]:
-    """The judgement of every exchange; a server's are kept in a file, the exact judge's are computed anew."""
+def judged(settings: JudgeSettings, exchanges: Sequence[Exchange], run: Run) -> list[Judgement]:
+    """The judgement of every exchange; a server's grades are kept in a file, the exact judge's are computed anew."""
     if settings.kind == "lexical":
         return LexicalJudge().judge(exchanges)
-    with closing(start_judge(settings)) as engine:
-        judge = ModelJudge(engine, settings.model, settings.repeats, settings.temperature, run.seed)
-        rows = run.json_stage(f"judgements-{key}.json", lambda: judge.judge(exchanges))
-    return [
-        Judgement(row["scores"], {name: tuple(row["written"][name]) for name in row["written"]})
-        for row in rows
-    ]
+    with closing(OnDemand(lambda: start_judge(settings))) as engine:
+        name = f"{settings.model} at {settings.url}"
+        judge = ModelJudge(engine, name, settings.repeats, settings.temperature, run.seed)
+        return grade(judge, exchanges, answers_path(run, "judgements", judge_header(judge)))
 
 
 def start_judge(settings: JudgeSettings) -> Generator:
@@ -231,14 +225,19 @@ def steering_metrics(curves: dict[str, list[Curve]]) -> dict[str, Any]:
         "dose_response_slope": slope,
         "slope_over_largest_random": {name: _over_random(lines) for name, lines in curves.items()},
         "expected_sign": {name: SIGNS[name] for name in curves},
-        "judged": {name: lines[0].judged for name, lines in curves.items()},
+        "judged": {name: by_dose(lines[0]) for name, lines in curves.items()},
     }
+
+
+def by_dose(curve: Curve) -> dict[str, float]:
+    """Share of the replies that could be judged, by dose."""
+    return {f"{dose:g}": share for dose, share in zip(curve.doses, curve.judged, strict=True)}
 
 
 def _over_random(lines: Sequence[Curve]) -> float | None:
     """Slope of the direction in units of the steepest random control's; None without controls or with flat ones."""
-    steepest = max((abs(line.slope) for line in lines[1:]), default=0.0)
-    return lines[0].slope / steepest if steepest > 0 else None
+    steepest = max((abs(line.slope) for line in lines[1:] if np.isfinite(line.slope)), default=0.0)
+    return lines[0].slope / steepest if steepest > 1e-9 else None
 
 
 PIPELINE = Pipeline("assumption_probing", AssumptionProbingConfig, run)
