@@ -120,6 +120,10 @@ def test_unknown_configurations_are_refused(adapters: dict[str, Adapter], tmp_pa
     config = json.loads((folder / "adapter_config.json").read_text())
     for change, message in [
         ({"use_dora": True}, "uses use_dora"),
+        ({"alora_invocation_tokens": [5, 6]}, "uses alora_invocation_tokens"),
+        ({"lora_bias": True, "use_qalora": True}, "uses lora_bias, use_qalora"),
+        ({"init_lora_weights": "pissa_niter_16"}, "uses init_lora_weights='pissa_niter_16'"),
+        ({"init_lora_weights": "olora"}, "uses init_lora_weights='olora'"),
         ({"peft_type": "IA3"}, "peft_type must be LORA"),
         ({"target_modules": ".*proj"}, "a pattern is not supported"),
         ({"preft": {"format_version": 9}}, "is of format 9"),
@@ -127,6 +131,16 @@ def test_unknown_configurations_are_refused(adapters: dict[str, Adapter], tmp_pa
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(AdapterError, match=message):
             read_adapter(folder)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "lora_ga"])
+def test_a_start_that_leaves_the_base_weights_alone_is_read(
+    adapters: dict[str, Adapter], tmp_path: Path, start: bool | str
+) -> None:
+    folder = save_adapter(adapters["lora_p_0"], tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": start}))
+    assert read_adapter(folder).config.rank == adapters["lora_p_0"].config.rank
 
 
 def test_loading_leaves_a_loaded_adapter_trainable_from_where_it_was(model: Model, tmp_path: Path) -> None:

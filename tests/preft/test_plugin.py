@@ -1,12 +1,15 @@
 """The ground the plugin stands on: these fail, by name, when a vLLM release moves it."""
 
 import inspect
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from preft.adapters import AdapterError
 from preft.vllm import plugin, runner
 from preft.vllm.identity import AdapterIdentity
 from shared.tokens import Phase
@@ -110,6 +113,42 @@ class TestAssumptions:
         assert "self.num_computed_tokens_np = " in source
         assert "self.req_id_to_index" in source
         assert "get_activate_loras" in inspect.getsource(lora_utils.get_num_active_loras_for_dispatch)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"alora_invocation_tokens": [5]},
+        {"alora_invocation_tokens": []},
+        {"layer_replication": [[0, 2]]},
+        {"use_bdlora": {"nblocks": 2}},
+        {"use_qalora": True},
+        {"modules_to_save": ["embed_tokens"]},
+        *(
+            {"init_lora_weights": start}
+            for start in (True, False, "gaussian", "Gaussian", "eva", "orthogonal")
+        ),
+        *({"init_lora_weights": start} for start in ("mica", "lora_ga", "pissa", "pissa_niter_4", "PiSSA")),
+        *({"init_lora_weights": start} for start in ("olora", "corda", "loftq")),
+    ],
+    ids=str,
+)
+def test_what_vllm_refuses_is_refused_here(
+    folders: dict[str, Path], tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    from vllm.lora.peft_helper import PEFTHelper
+
+    from preft.formats import read_adapter
+
+    content = json.loads((folders["lora_all"] / "adapter_config.json").read_text()) | setting
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    if PEFTHelper.from_dict(content)._validate_features():
+        with pytest.raises(AdapterError, match=next(iter(setting))):
+            read_adapter(tmp_path)
+    else:
+        read_adapter(tmp_path)
 
 
 def fake_lora(number: int) -> Any:
