@@ -99,3 +99,13 @@ def test_setup_gives_pip_to_an_environment_that_uv_left_without(tmp_path):
     assert (tmp_path / "asked").read_text().splitlines() == ["-m pip --version", "-m ensurepip"]
     assert "has no pip" in done.stderr
     assert "rm -r .venv" in done.stderr
+
+
+def test_the_python_that_is_promised_is_the_one_that_was_resolved():
+    """README's version, the lock's, and the first that set-up looks for."""
+    readme, lock, setup = (
+        (ROOT / name).read_text() for name in ("README.md", "scripts/lock", "scripts/setup")
+    )
+    (resolved,) = re.findall(r"--python-version (\S+)", lock)
+    assert re.search(r"With Python (\d\.\d+) and make", readme)[1] == resolved
+    assert re.search(r"PYTHON:-python(\S+) ", setup)[1] == resolved
