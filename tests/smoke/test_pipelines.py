@@ -7,6 +7,8 @@ from importlib import metadata
 import pytest
 
 from shared.collect import collect
+from shared.demo import PARTS, owed_metrics, violations
+from shared.screen import LINES
 from shared.serialize import read_json
 
 PACKAGES = {"adapter_serving": "preft", "circuit_tracing": "circuits", "assumption_probing": "assumptions"}
@@ -37,7 +39,13 @@ def test_smoke(name, tmp_path):
     assert manifest["status"] == "finished"
     assert manifest["config"]["pipeline"] == name
     assert manifest["model"]["fingerprint"]
-    assert read_json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json")
+    part = next(part for part in PARTS if part.pipeline == name)
+    assert owed_metrics(part, metrics) == []
+    assert violations(part, metrics) == []
+    assert metrics.get("match_rate", 1) == 1
+    assert metrics.get("conservation_error", 0) <= 1e-4
+    assert not [line for line in LINES[name](metrics) if "-" in line.split()], "the screen lacks a figure"
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert len(page) > 5000
 
