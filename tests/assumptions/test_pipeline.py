@@ -21,8 +21,10 @@ from assumptions.pipeline import (
     SteeringSettings,
     steering_metrics,
 )
+from assumptions.probes import fit_probes
 from assumptions.scripted import ScriptedGenerator
 from assumptions.sources import load_messages, moved_outcomes
+from assumptions.splits import group_split
 from assumptions.steering import Direction
 from shared.errors import UserError
 from shared.generation import Completion, Sampling
@@ -238,6 +240,31 @@ def test_features_of_edited_messages_are_captured_anew(tmp_path, model):
         fresh = capture_features(model, chats)
         assert features.row_hashes == fresh.row_hashes
         assert torch.equal(features.pooled_LBD, fresh.pooled_LBD)
+
+
+def test_edited_messages_are_steered_anew_under_the_same_probes(tmp_path, model):
+    """The probes alone do not name the replies: a held-out message may change without moving a coefficient."""
+    from assumptions.pipeline import steer_and_judge
+
+    rows = [Chat(str(i), f"about my {'rent' if i % 2 else 'job'}, {i * i}") for i in range(30)]
+    labels = torch.rand(30, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    split = group_split(rows)
+    probes, _ = fit_probes(capture_features(model, rows), labels, NAMES, split, "made")
+    steering = SteeringSettings(["user_rightness"], doses=[-1.0, 0.0, 1.0], random=1, max_tokens=8)
+    config = AssumptionProbingConfig(steering=steering)
+    sampling = Sampling(max_tokens=8, temperature=1.0, logprobs=None)
+    held = [rows[i] for i in split.test][:2]
+    edited = [held[0], replace(held[1], turn="hello")]
+    texts = []
+    for chats in (held, edited):
+        with start_run(tmp_path / "run", {}, seed=0) as run:
+            curves, replies = steer_and_judge(config, run.use_model(model), probes, chats, run)
+        texts.append([reply.text for reply in replies if reply.direction == UNEDITED])
+        assert texts[-1] == [reply.text for reply in steer(model, chats, [], [0.0], sampling)]
+        # a model that knows no replies: nothing can be judged, and that stops nothing
+        assert [one.judged for one in curves["user_rightness"]] == [[0.0, 0.0, 0.0]] * 2
+    assert texts[0][0] == texts[1][0]
+    assert texts[0][1] != texts[1][1]
 
 
 def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
