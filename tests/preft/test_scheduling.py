@@ -1,6 +1,7 @@
 """Adapter need and block identity of a request, on vLLM's own Request and block hasher, without an engine."""
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from preft.adapters import Adapter, AdapterConfig
+from preft.formats import save_adapter
 from preft.vllm.identity import AdapterIdentity, AdapterRegistry, read_identity
 from preft.vllm.scheduling import block_keys
+from shared.history import History
+from shared.models import Model
 from shared.tokens import Phase
 
 pytestmark = pytest.mark.xdist_group("vllm")
@@ -170,6 +175,29 @@ class TestIdentity:
         (tmp_path / "adapter_config.json").write_text('{"preft": {"phase": "sometimes"}}')
         with pytest.raises(ValueError, match="phase 'sometimes' is not one of prefill, decode"):
             read_identity(tmp_path)
+
+    def test_a_sticky_adapter_is_refused_where_history_matters(self, tmp_path: Path) -> None:
+        for phase in Phase:
+            section = {"phase": phase, "history": "sticky"}
+            (tmp_path / "adapter_config.json").write_text(json.dumps({"preft": section}))
+            if phase is Phase.ALL:
+                assert read_identity(tmp_path).phase is Phase.ALL
+                continue
+            with pytest.raises(ValueError, match=r"history 'sticky'.* not told where the turns"):
+                read_identity(tmp_path)
+
+    def test_an_unknown_history_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter_config.json").write_text('{"preft": {"history": "often"}}')
+        with pytest.raises(ValueError, match="history 'often' is not one of recompute, sticky"):
+            read_identity(tmp_path)
+
+    def test_a_request_for_a_sticky_adapter_is_refused(self, model: Model, tmp_path: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        adapter = Adapter.create(model.hf, AdapterConfig(history=History.STICKY))
+        folder = save_adapter(adapter, tmp_path / "sticky")
+        with pytest.raises(ValueError, match="history 'sticky'"):
+            make_request(LoRARequest("sticky", 60, str(folder)), prompt=20)
 
     def test_the_digest_is_of_the_content(self, folders: dict[str, Path], tmp_path: Path) -> None:
         copy = tmp_path / "copy"

@@ -23,6 +23,7 @@ from preft.pages import write_pages
 from preft.throughput import Speed, ThroughputConfig, measure
 from preft.train.sft import TrainConfig, train_adapter
 from preft.vllm.precision import check_precision
+from shared.history import History
 from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run
 from shared.serialize import plain
@@ -52,6 +53,12 @@ class AdapterServingConfig:
                 f"engine.{key}: the engine computes in the model's type, or its answers could not be compared with "
                 "the reference's; set model.dtype"
             )
+        for name, adapter in (("lora", self.lora), ("reft", self.reft)):
+            if adapter.history is not History.RECOMPUTE:
+                raise AdapterError(
+                    f"{name}.history: {adapter.history.value!r} is trained but not served (the server is not told "
+                    "where the turns of a prompt begin); set it to recompute"
+                )
 
     def adapter(self, kind: str) -> AdapterConfig:
         """The adapter of a kind: lora on all tokens, lora_p and reft_p on the phase of their settings."""

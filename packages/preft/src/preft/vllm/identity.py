@@ -12,14 +12,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from shared.history import History
 from shared.tokens import Phase
 
 CONFIG_FILE = "adapter_config.json"
 PHASE_SECTION = "preft"  # key of the section that this project adds to peft's adapter_config.json
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
+Choice = TypeVar("Choice", Phase, History)
 Stamp = tuple[
     tuple[str, int, int], ...
 ]  # (file name, size, modification time in ns) of the files that matter
@@ -36,7 +38,7 @@ class AdapterIdentity:
 
 
 def read_identity(folder: Path) -> AdapterIdentity:
-    """Read an adapter folder; ValueError where the configuration is missing or names no known phase."""
+    """Read an adapter folder; ValueError where there is no configuration, or one that is not served as it says."""
     config_path = folder / CONFIG_FILE
     if not config_path.is_file():
         raise ValueError(
@@ -44,11 +46,30 @@ def read_identity(folder: Path) -> AdapterIdentity:
         )
     stamp = folder_stamp(folder)
     section = json.loads(config_path.read_text(encoding="utf-8")).get(PHASE_SECTION, {})
-    phase = section.get("phase", Phase.ALL.value)
-    if phase not in {known.value for known in Phase}:
-        known = ", ".join(phase.value for phase in Phase)
-        raise ValueError(f"{config_path}: phase {phase!r} is not one of {known}")
-    return AdapterIdentity(Phase(phase), section.get("method", "lora"), _digest(folder), stamp)
+    phase = _choice(Phase, section.get("phase", Phase.ALL), "phase", config_path)
+    history = _choice(History, section.get("history", History.RECOMPUTE), "history", config_path)
+    check_history(history, phase, config_path)
+    return AdapterIdentity(phase, section.get("method", "lora"), _digest(folder), stamp)
+
+
+def check_history(history: History, phase: Phase, where: Path | str) -> None:
+    """ValueError where serving would count earlier answers as something else than training did.
+
+    An adapter of phase all acts on every token under either policy.
+    """
+    if history is History.STICKY and phase is not Phase.ALL:
+        raise ValueError(
+            f"{where}: the adapter was trained with history 'sticky', under which earlier answers in a chat stay "
+            "generated text. The server is not told where the turns of a prompt begin and would take all of it for "
+            "prompt. Train the adapter with history 'recompute' to serve it"
+        )
+
+
+def _choice(kind: type[Choice], value: Any, key: str, where: Path) -> Choice:
+    known = [choice.value for choice in kind]
+    if value not in known:
+        raise ValueError(f"{where}: {key} {value!r} is not one of {', '.join(known)}")
+    return kind(value)
 
 
 def folder_stamp(folder: Path) -> Stamp:
