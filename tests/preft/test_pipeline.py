@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from preft.adapters import AdapterConfig
-from preft.pipeline import KINDS, PIPELINE, AdapterServingConfig
+from preft.adapters import AdapterConfig, AdapterError
+from preft.pipeline import KINDS, PIPELINE, AdapterServingConfig, copies
 from preft.throughput import ThroughputConfig
 from preft.train import TrainConfig
+from shared.history import History
 from shared.models import ModelConfig
 from shared.runs import start_run
 from shared.tokens import Phase
@@ -49,11 +50,35 @@ def test_the_pipeline_runs_and_resumes(tmp_path: Path) -> None:
     page = (folder / "report.html").read_text()
     assert "masked Hugging Face reference" in page
     assert "<svg" in page
-    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("adapters/*/adapter_model.safetensors")}
-    assert len(stamps) == 2 * len(KINDS)
+    stamps = stamps_of(folder)
+    assert len(stamps) == 2 * len(KINDS) + 1
     with start_run(folder, CONFIG) as run:
-        users = [stage for stage in run.finished_stages() if stage.startswith("adapters/")]
-    assert len(users) == len(stamps)
+        again = PIPELINE.run(CONFIG, ModelConfig("random:llama"), run)
+    assert stamps_of(folder) == stamps
+    assert again["heldout_loss"] == losses
+    assert again["match_rate"] == 1.0
+
+
+def stamps_of(folder: Path) -> dict[Path, int]:
+    """When the adapters and their losses were written."""
+    files = [*folder.glob("adapters/*/adapter_model.safetensors"), folder / "heldout_loss.json"]
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("count", [1, 3, 1500])
+def test_no_two_adapters_of_the_engine_share_an_id(count: int) -> None:
+    folders = {f"user{i}-{kind}": Path(f"/{i}/{kind}") for i in range(5) for kind in KINDS}
+    found = [lora for kind in KINDS for lora in copies(folders, kind, count)]
+    ids = [*range(1, len(folders) + 1), *(lora.lora_int_id for lora in found)]
+    assert len(set(ids)) == len(ids) == len(folders) + len(KINDS) * count
+    assert all(lora.lora_path.endswith(lora.lora_name.partition("-")[0]) for lora in found)
+
+
+@pytest.mark.parametrize("name", ["lora", "reft"])
+def test_a_history_that_is_not_served_is_refused_before_training(name: str) -> None:
+    with pytest.raises(AdapterError, match=rf"{name}\.history: 'sticky' is trained but not served"):
+        replace(CONFIG, **{name: replace(getattr(CONFIG, name), history=History.STICKY)})
 
 
 def test_lora_is_the_all_token_twin_of_lora_p() -> None:
