@@ -65,6 +65,22 @@ def test_every_importer_of_the_hash_keys_has_ours() -> None:
     assert manager.generate_block_hash_extra_keys is ours
 
 
+def test_calls_between_processes_are_decoded_as_before() -> None:
+    """The engine process turns a plain list back into a LoRARequest by the annotations of the method it calls."""
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    add_lora = EngineCore.add_lora.__get__(object())  # bound, as the engine process looks it up
+    [decoded] = EngineCoreProc._convert_msgspec_args(add_lora, (["name", 3, "/path"],))
+    assert isinstance(decoded, LoRARequest)
+
+
+@pytest.mark.parametrize("patch", plugin.PATCHES, ids=lambda patch: f"{patch.owner}.{patch.name}")
+def test_wrappers_show_the_signature_of_the_original(patch: plugin.Patch) -> None:
+    function = getattr(plugin._owner(patch), patch.name)
+    assert inspect.signature(function) == inspect.signature(function._innerworks_original)
+
+
 class TestAssumptions:
     """What the wrappers rely on inside functions they do not replace."""
 

@@ -6,6 +6,7 @@ on would serve prefill-only adapters as all-token ones. Engines without LoRA run
 of `Request.lora_request`; ordinary adapters get the results they had.
 """
 
+import functools
 import importlib
 import inspect
 import sys
@@ -169,16 +170,20 @@ def _owner(patch: Patch) -> Any:
 
 def _replace(owner: Any, patch: Patch) -> None:
     original = getattr(owner, patch.name)
-    replacement = patch.wrap(original)
+    setattr(owner, patch.name, _wrapped(patch, original))
+
+
+def _wrapped(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
+    # vLLM decodes the arguments of calls between processes by the annotations, so the wrapper must show the original's.
+    replacement = functools.update_wrapper(patch.wrap(original), original)
     setattr(replacement, MARK, original)
-    setattr(owner, patch.name, replacement)
+    return replacement
 
 
 def _replace_hash_keys() -> None:
     """The function is imported by name elsewhere: replace it in every module that already holds it."""
     original = getattr(_owner(HASH_KEYS), HASH_KEYS.name)
-    replacement = HASH_KEYS.wrap(original)
-    setattr(replacement, MARK, original)
+    replacement = _wrapped(HASH_KEYS, original)
     for module in list(sys.modules.values()):
         if module is not None and module.__dict__.get(HASH_KEYS.name) is original:
             setattr(module, HASH_KEYS.name, replacement)
