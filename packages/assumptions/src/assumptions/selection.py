@@ -1,8 +1,9 @@
 """Choose block and ridge strength on validation rows, report on test rows once (paper section on probes).
 
 1. Factorise the training rows of every block once; solve every target and strength from it.
-2. For each target keep the best strength of every block by validation R2, and of the blocks the earliest whose R2 is
-   within `TOLERANCE` of the best: later blocks often hold a copy that reads as well and steers less.
+2. For each target keep the best strength of every block by validation R2, and of the blocks the earliest whose
+   unexplained variance exceeds the best block's by at most a share of `TOLERANCE`: later blocks often hold a copy that
+   reads as well and steers less. (A difference in R2 would not do: .990 against .999 is ten times the error.)
 3. Only the kept read-out sees the test rows.
 Shuffled labels are further targets of the same search, so that the control profits from the search as much as the
 probes do: on noise its test R2 is at most zero on average, whatever the number of blocks.
@@ -19,7 +20,7 @@ from torch import Tensor
 from assumptions.ridge import STRENGTHS, Factors, r2
 from assumptions.splits import Split
 
-TOLERANCE = 0.01
+TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def choose(
     chosen = []
     for candidates_L in zip(*blocks_LK, strict=True):
         curve = [one.r2_validation for one in candidates_L]
-        index = next(i for i, score in enumerate(curve) if score >= max(curve) - tolerance)
+        index = next(i for i, score in enumerate(curve) if 1 - score <= (1 + tolerance) * (1 - max(curve)))
         chosen.append(replace(candidates_L[index], block_index=index, curve=curve))
     return chosen
 
