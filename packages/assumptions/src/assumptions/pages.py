@@ -41,12 +41,12 @@ def add_elicitation(
 def _example_scores(
     row: int, chat: Chat, elicitation: Elicitation, messages: Messages
 ) -> list[dict[str, Any]]:
-    """The elicited scores of one message beside the truth, one column a dimension."""
-    rows = [
-        {"": "elicited"} | dict(zip(NAMES, elicitation.scores([chat.id], NAMES)[0].tolist(), strict=True))
-    ]
+    """The elicited scores of one message beside the truth, one row a dimension."""
+    elicited = elicitation.scores([chat.id], NAMES)[0].tolist()
+    rows = [{"dimension": name, "elicited": score} for name, score in zip(NAMES, elicited, strict=True)]
     if messages.posterior_BK is not None:
-        rows.append({"": "posterior"} | dict(zip(NAMES, messages.posterior_BK[row].tolist(), strict=True)))
+        for one, mean in zip(rows, messages.posterior_BK[row].tolist(), strict=True):
+            one["posterior mean"] = mean
     return rows
 
 
