@@ -6,11 +6,11 @@ and through the logits of the last prompt token. Positions count real tokens, so
 documents attend to themselves only.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from preft.adapters import Adapter
@@ -24,13 +24,19 @@ class Loss(NamedTuple):
     tokens: int
 
 
+def adapted(hf: Any, adapter: Adapter | None, batch: TokenBatch) -> AbstractContextManager[None]:
+    """The scope in which the model carries the adapter on the batch's tokens of its phase (None: the bare model)."""
+    if adapter is None:
+        return nullcontext()
+    return adapter.applied(hf, batch.phase_mask(adapter.config.phase))
+
+
 def masked_logits(hf: Any, adapter: Adapter | None, batch: TokenBatch) -> Float[Tensor, "B T V"]:
     """Logits of the model with the adapter on the tokens of its phase; of the bare model where `adapter` is None."""
     batch = batch.to(hf.device)
-    scope = nullcontext() if adapter is None else adapter.applied(hf, batch.phase_mask(adapter.config.phase))
     # Packed rows: without a padding mask transformers derives the documents from the restarting positions.
     attention_mask = None if batch.packed else batch.attention_mask_BT
-    with scope:
+    with adapted(hf, adapter, batch):
         return hf(
             input_ids=batch.input_ids_BT,
             attention_mask=attention_mask,
@@ -39,11 +45,16 @@ def masked_logits(hf: Any, adapter: Adapter | None, batch: TokenBatch) -> Float[
         ).logits
 
 
-def masked_loss(hf: Any, adapter: Adapter | None, batch: TokenBatch) -> Loss:
-    """Negative log-likelihood of the batch's labels (token t is predicted from the logits at t - 1)."""
+def targets(batch: TokenBatch) -> Int[Tensor, "B T"]:
+    """The labels that a token in front predicts: -100 at the first token of every document too."""
     if batch.labels_BT is None:
         raise ValueError("the batch has no labels: build it with shared.tokens.collate or pack")
-    labels_BT = batch.labels_BT.to(hf.device)[:, 1:]
+    return batch.labels_BT.masked_fill(batch.position_ids_BT == 0, -100)
+
+
+def masked_loss(hf: Any, adapter: Adapter | None, batch: TokenBatch) -> Loss:
+    """Negative log-likelihood of the batch's labels (token t is predicted from the logits at t - 1)."""
+    labels_BT = targets(batch).to(hf.device)[:, 1:]
     logits_BTV = masked_logits(hf, adapter, batch)[:, :-1]
     keep_BT = labels_BT != -100
     total = torch.nn.functional.cross_entropy(

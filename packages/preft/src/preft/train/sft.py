@@ -4,8 +4,7 @@ AdamW with linear warm-up and linear decay; after every step R is retracted to o
 gives the same batches and the same start.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from preft.adapters import Adapter, AdapterConfig, AdapterError
 from preft.forward import masked_loss
+from preft.train.module import frozen
 from preft.train.rows import batches, padding_id, training_rows
 from shared.tokens import Message
 
@@ -90,15 +90,3 @@ def _rate(config: TrainConfig) -> Callable[[int], float]:
     return lambda step: min(
         (step + 1) / max(warmup, 1), (config.steps - step) / max(config.steps - warmup + 1, 1)
     )
-
-
-@contextmanager
-def frozen(hf: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of the model asks for a gradient; afterwards each asks as before."""
-    before = [(parameter, parameter.requires_grad) for parameter in hf.parameters()]
-    hf.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
