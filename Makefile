@@ -22,10 +22,10 @@ experiment = $(if $(EXPERIMENT),experiment=$(package_$(1))/$(EXPERIMENT))
 run = $(PY) -m shared.run pipeline=$(1) $(model) $(experiment) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo preft circuits assumptions sweep bench tinyworld test check format lock clean
+.PHONY: help setup demo preft circuits assumptions sweep bench bench-preft tinyworld test check format lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## virtual environment, exact pins, the four packages (ACCEL=cuda for a GPU)
 
@@ -51,6 +51,9 @@ sweep: setup ## runs side by side and one table: PIPELINE=circuit_tracing LAUNCH
 
 bench: setup ## every benchmark in benchmarks/, results in benchmarks/results
 	@for file in $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))); do echo "== $$file"; $(PY) $$file $(ARGS) || exit 1; done
+
+bench-preft: setup ## serving speed of prefill-only adapters: 15 minutes, last line one JSON object (ARGS=--quick: 2)
+	@$(PY) benchmarks/preft_serving.py $(ARGS)
 
 tinyworld: setup ## train the embedded model again from its seeded generator
 	@MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(PY) -m shared.tinyworld.train $(ARGS)
