@@ -7,15 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preft.vllm.mapping import NO_ADAPTER, map_step, phase_interval
+from preft.vllm.mapping import KINDS, NO_ADAPTER, map_step, stretches
 from shared.tokens import Phase, phase_mask
 
 
 class Row(NamedTuple):
-    """One request of a step."""
+    """One request of a step: its adapters, each acting in its phase where no earlier one does."""
 
-    adapter: int
-    phase: Phase
+    adapters: tuple[tuple[int, Phase], ...]
     prompt: int
     computed: int
     scheduled: int
@@ -25,9 +24,9 @@ class Row(NamedTuple):
 @st.composite
 def rows(draw: st.DrawFn) -> Row:
     scheduled = draw(st.integers(1, 12))
+    adapter = st.tuples(st.sampled_from([1, 2, 7]), st.sampled_from(list(Phase)))
     return Row(
-        adapter=draw(st.sampled_from([NO_ADAPTER, 1, 2, 7])),
-        phase=draw(st.sampled_from(list(Phase))),
+        adapters=tuple(draw(st.lists(adapter, max_size=3))),
         prompt=draw(st.integers(1, 20)),
         computed=draw(st.integers(0, 24)),
         scheduled=scheduled,
@@ -35,38 +34,56 @@ def rows(draw: st.DrawFn) -> Row:
     )
 
 
-def adapted(row: Row, position: int) -> bool:
-    """Whether the request's adapter acts at a position, by the definition in shared.tokens."""
+def one(phase: Phase, prompt: int, computed: int, scheduled: int) -> Row:
+    """A request of adapter 3, one row of which is sampled."""
+    return Row(((3, phase),), prompt, computed, scheduled, sampled=1)
+
+
+def adapter_at(row: Row, position: int) -> int:
+    """The adapter that acts at a position, by the definition of the phases in shared.tokens."""
     position_11, one_11 = torch.tensor([[position]]), torch.ones(1, 1, dtype=torch.long)
-    acts = phase_mask(row.phase, position_11, torch.tensor([row.prompt]), one_11)
-    return bool(acts.item()) and row.adapter != NO_ADAPTER
+    for number, phase in row.adapters:
+        if bool(phase_mask(phase, position_11, torch.tensor([row.prompt]), one_11).item()):
+            return number
+    return NO_ADAPTER
 
 
-def map_rows(step: list[Row]) -> tuple[list[int], list[int], list[bool]]:
-    interval = [phase_interval(row.phase, row.prompt) for row in step]
+def by_kind(row: Row) -> list[int]:
+    """The row's adapter on every kind of token."""
+    return [
+        next((number for number, phase in row.adapters if KINDS[phase][kind]), NO_ADAPTER)
+        for kind in range(3)
+    ]
+
+
+def map_rows(step: list[Row]) -> tuple[list[int], list[int], set[int]]:
+    adapter_RP, start_RP = [], []
+    for row in step:
+        starts = {stretch.kind: stretch.start for stretch in stretches(row.prompt)}
+        adapter_RP.append(by_kind(row))
+        start_RP.append(
+            [starts.get(kind, 0) for kind in range(3)]
+        )  # an empty stretch starts where the next does
     columns = (
-        [row.adapter for row in step],
-        [i.low for i in interval],
-        [i.high for i in interval],
+        adapter_RP,
+        start_RP,
         [row.computed for row in step],
         [row.scheduled for row in step],
         [row.sampled for row in step],
     )
     found = map_step(*(np.array(column, dtype=np.int64) for column in columns))
-    return found.token_K.tolist(), found.sampled_S.tolist(), found.active_R.tolist()
+    return found.token_K.tolist(), found.sampled_S.tolist(), set(found.active)
 
 
 @given(st.lists(rows(), min_size=1, max_size=6))
 @settings(deadline=None)
 def test_every_token_gets_what_its_position_says(step: list[Row]) -> None:
-    tokens, sampled, active = [], [], []
+    tokens, sampled = [], []
     for row in step:
-        positions = range(row.computed, row.computed + row.scheduled)
-        ids = [row.adapter if adapted(row, t) else NO_ADAPTER for t in positions]
+        ids = [adapter_at(row, t) for t in range(row.computed, row.computed + row.scheduled)]
         tokens += ids
         sampled += ids[-row.sampled :]
-        active.append(any(ids))
-    assert map_rows(step) == (tokens, sampled, active)
+    assert map_rows(step) == (tokens, sampled, set(tokens) - {NO_ADAPTER})
 
 
 @given(rows(), st.integers(1, 11))
@@ -94,16 +111,19 @@ def test_the_order_of_the_batch_does_not_matter(step: list[Row]) -> None:
 
 def test_prefill_and_decode_are_complements_at_the_boundary() -> None:
     """The last prompt token is prefill (it yields generated token 0), the first generated one is decode."""
-    around = Row(3, Phase.PREFILL, prompt=5, computed=4, scheduled=2, sampled=1)
-    assert map_rows([around])[0] == [3, 0]
-    assert map_rows([around._replace(phase=Phase.DECODE)])[0] == [0, 3]
-    assert map_rows([around._replace(phase=Phase.DECODE_BOUNDARY)])[0] == [3, 3]
-    assert map_rows([around._replace(phase=Phase.ALL)])[0] == [3, 3]
+    found = {phase: map_rows([one(phase, prompt=5, computed=4, scheduled=2)])[0] for phase in Phase}
+    assert found[Phase.PREFILL] == [3, 0]
+    assert found[Phase.DECODE] == [0, 3]
+    assert found[Phase.DECODE_BOUNDARY] == found[Phase.ALL] == [3, 3]
 
 
 def test_a_recomputed_request_keeps_its_generated_tokens_plain() -> None:
     """After preemption prompt and generated tokens come back in one chunk: the boundary stays the request's own."""
-    assert (
-        map_rows([Row(3, Phase.PREFILL, prompt=3, computed=0, scheduled=6, sampled=1)])[0]
-        == [3] * 3 + [0] * 3
-    )
+    assert map_rows([one(Phase.PREFILL, prompt=3, computed=0, scheduled=6)])[0] == [3] * 3 + [0] * 3
+
+
+def test_the_kinds_of_token_cover_every_position_once() -> None:
+    for prompt in (1, 2, 9):
+        found = stretches(prompt)
+        assert found[0].start == 0
+        assert [stretch.start for stretch in found] == sorted({stretch.start for stretch in found})

@@ -98,6 +98,17 @@ class TestAssumptions:
         source = inspect.getsource(Scheduler.schedule)
         assert source.index("NewRequestData.from_request") < source.index("self._update_after_schedule(")
 
+    def test_every_chunk_is_measured_by_the_slots(self) -> None:
+        """For running and for admitted requests the hook has the last word before blocks are allocated."""
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        source = inspect.getsource(Scheduler.schedule)
+        loops = source.split("# Next, schedule the WAITING requests.")
+        assert len(loops) == 2
+        for loop in loops:
+            assert loop.index("self._reserve_prefill_lookahead(") < loop.index("allocate_slots(")
+            assert loop.count("self._reserve_prefill_lookahead(") == 1
+
     def test_preemption_resets_the_counter_that_decides(self) -> None:
         from vllm.v1.core.sched.scheduler import Scheduler
 

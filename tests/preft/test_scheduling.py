@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from preft.adapters import Adapter, AdapterConfig
 from preft.formats import save_adapter
+from preft.vllm import scheduling
 from preft.vllm.identity import AdapterIdentity, AdapterRegistry, read_identity
 from preft.vllm.scheduling import block_keys
 from shared.history import History
@@ -66,14 +68,55 @@ class TestNeed:
             request.num_computed_tokens = computed  # 0 at the end: preemption
             assert (request.lora_request is lora) == needed
 
-    @pytest.mark.parametrize("name", ["lora_all", "lora_decode", "lora_boundary"])
-    def test_other_phases_keep_theirs(self, folders: dict[str, Path], name: str) -> None:
+    @pytest.mark.parametrize(("name", "first"), [("lora_all", 0), ("lora_decode", 20), ("lora_boundary", 19)])
+    def test_other_phases_need_theirs_from_their_first_token_on(
+        self, folders: dict[str, Path], name: str, first: int
+    ) -> None:
         request = make_request(lora_request(folders, name), prompt=20)
-        request.num_computed_tokens = 25
-        assert request.lora_request is not None
+        for computed in (0, 18, 19, 20, 25):
+            request.num_computed_tokens = computed
+            assert (request.lora_request is not None) == (computed >= first)
 
     def test_a_request_without_adapter_has_none(self) -> None:
         assert make_request(None, prompt=20).lora_request is None
+
+
+class TestSlots:
+    """A chunk ends before the first token whose adapter finds no slot."""
+
+    @pytest.mark.parametrize(
+        ("name", "used", "fits"),
+        [
+            ("lora_p_0", set(), 30),
+            ("lora_p_0", {7}, 30),
+            ("lora_p_0", {7, 8}, 0),
+            ("lora_p_0", {7, 1}, 30),  # its own slot
+            ("lora_decode", {7, 8}, 20),
+            ("lora_boundary", {7, 8}, 19),
+            ("lora_all", {7, 8}, 0),
+        ],
+    )
+    def test_fit(self, folders: dict[str, Path], name: str, used: set[int], fits: int) -> None:
+        request = make_request(lora_request(folders, name), prompt=20, total=30)
+        before = set(used)
+        assert scheduling.fit_slots(request, 0, 30, used, slots=2) == fits
+        assert used == (before | {1} if fits == 30 else before)
+
+    def test_a_decoding_request_of_a_prefill_adapter_takes_none(self, folders: dict[str, Path]) -> None:
+        request = make_request(lora_request(folders, "lora_p_0"), prompt=20, total=30)
+        used = {7, 8}
+        assert scheduling.fit_slots(request, 20, 10, used, slots=2) == 10
+        assert used == {7, 8}
+
+    def test_the_set_is_a_steps(self, folders: dict[str, Path]) -> None:
+        hook = scheduling.within_slots(lambda scheduler, request, computed, count: count)
+        scheduler = SimpleNamespace(current_step=1, lora_config=SimpleNamespace(max_loras=1))
+        first = make_request(lora_request(folders, "lora_all", 1), prompt=20)
+        second = make_request(lora_request(folders, "lora_boundary", 2), prompt=20)
+        base = make_request(None, prompt=20)
+        assert [hook(scheduler, request, 0, 20) for request in (first, second, base)] == [20, 19, 20]
+        scheduler.current_step = 2
+        assert [hook(scheduler, request, 0, 20) for request in (second, first)] == [20, 0]
 
 
 class TestBlockHashes:

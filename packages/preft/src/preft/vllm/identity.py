@@ -6,19 +6,27 @@ identity is kept by (id, path). If the files change after that, the worker may s
 then refused, unless the adapter is reloaded (`load_inplace`), removed first, or given a new id.
 
 A folder without the phase key is an ordinary adapter: it acts on all tokens.
+
+An adapter of several parts (`preft.compose`) has other weights for other kinds of token (`preft.vllm.mapping.Kind`).
+Each part is an adapter folder, and to the engine an adapter with an id of its own, which follows from the part's
+content: scheduler and workers agree on it without a word, and requests that share a part share its slot.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from preft.vllm.mapping import KINDS, Kind
+from preft.vllm.residual import SITE
 from shared.history import History
 from shared.tokens import Phase
 
 CONFIG_FILE = "adapter_config.json"
 PHASE_SECTION = "preft"  # key of the section that this project adds to peft's adapter_config.json
+COMPOSITION = "composition"  # method of what preft.parts writes
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
 Choice = TypeVar("Choice", Phase, History)
@@ -27,14 +35,36 @@ Stamp = tuple[
 ]  # (file name, size, modification time in ns) of the files that matter
 
 
+class Part(NamedTuple):
+    """One set of weights of an adapter: content digest (16 hex) and folder."""
+
+    digest: str
+    folder: str
+
+
 @dataclass(frozen=True)
 class AdapterIdentity:
-    """Phase, method and content digest (16 hex) of an adapter folder, as first read."""
+    """Phase, method and content digest (16 hex) of an adapter folder, as first read.
+
+    `parts` (an adapter of several) are the weights by kind of token, None where nothing acts.
+    """
 
     phase: Phase
     method: str
     digest: str
     stamp: Stamp
+    parts: tuple[Part | None, ...] | None = None
+
+    @property
+    def acts(self) -> tuple[bool, ...]:
+        """Whether anything acts on the tokens of each kind."""
+        return KINDS[self.phase] if self.parts is None else tuple(part is not None for part in self.parts)
+
+    def digests(self) -> tuple[str | None, ...]:
+        """Digest of the weights that act on the tokens of each kind."""
+        if self.parts is not None:
+            return tuple(part.digest if part else None for part in self.parts)
+        return tuple(self.digest if acts else None for acts in KINDS[self.phase])
 
 
 def read_identity(folder: Path) -> AdapterIdentity:
@@ -45,11 +75,33 @@ def read_identity(folder: Path) -> AdapterIdentity:
             f"adapter folder {folder} has no {CONFIG_FILE}; save the adapter there or mend the path"
         )
     stamp = folder_stamp(folder)
-    section = json.loads(config_path.read_text(encoding="utf-8")).get(PHASE_SECTION, {})
+    raw = json.loads(config_path.read_text(encoding="utf-8"))
+    section = raw.get(PHASE_SECTION, {})
     phase = _choice(Phase, section.get("phase", Phase.ALL), "phase", config_path)
-    history = _choice(History, section.get("history", History.RECOMPUTE), "history", config_path)
+    history = _choice(History, section.get("history") or History.RECOMPUTE, "history", config_path)
     check_history(history, phase, config_path)
-    return AdapterIdentity(phase, section.get("method", "lora"), _digest(folder), stamp)
+    parts = _read_parts(folder, section["parts"], config_path) if "parts" in section else None
+    return AdapterIdentity(phase, _method(raw, section), _digest(folder), stamp, parts)
+
+
+def _method(raw: Mapping[str, Any], section: Mapping[str, Any]) -> str:
+    """The method as it is served: a composition that leaves the residual stream alone needs what a LoRA needs."""
+    method = str(section.get("method", "lora"))
+    return "lora" if method == COMPOSITION and SITE not in raw["target_modules"] else method
+
+
+def _read_parts(folder: Path, entries: Sequence[Mapping[str, Any]], where: Path) -> tuple[Part | None, ...]:
+    """The part for every kind of token; ValueError for one that is not there or that another one claims."""
+    by_kind: list[Part | None] = [None] * len(Kind)
+    for entry in entries:
+        path = folder / entry["folder"]
+        if path.parent != folder or not (path / CONFIG_FILE).is_file():
+            raise ValueError(f"{where}: part {entry['folder']!r} is no adapter folder in {folder}")
+        for name in entry["tokens"]:
+            if name.upper() not in Kind.__members__ or by_kind[Kind[name.upper()]] is not None:
+                raise ValueError(f"{where}: tokens {name!r} are unknown or have two parts")
+            by_kind[Kind[name.upper()]] = Part(_digest(path), str(path))
+    return tuple(by_kind)
 
 
 def check_history(history: History, phase: Phase, where: Path | str) -> None:
@@ -79,7 +131,9 @@ def folder_stamp(folder: Path) -> Stamp:
 
 
 def _files(folder: Path) -> list[str]:
-    return [name for name in (CONFIG_FILE, *WEIGHT_FILES) if (folder / name).is_file()]
+    own = [name for name in (CONFIG_FILE, *WEIGHT_FILES) if (folder / name).is_file()]
+    parts = [path for path in sorted(folder.glob("part-*")) if path.is_dir()]
+    return own + [f"{path.name}/{name}" for path in parts for name in _files(path)]
 
 
 def _digest(folder: Path) -> str:
@@ -90,11 +144,17 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def part_id(digest: str) -> int:
+    """The engine's id of a part: from 2**62 on, where no id given by a user or counted by a server lies."""
+    return (1 << 62) | (int(digest, 16) >> 2)
+
+
 class AdapterRegistry:
     """Identities of the adapters one process has met; `lora_request` is vLLM's `LoRARequest`."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, str], AdapterIdentity] = {}
+        self._parts: dict[str, Any] = {}  # digest -> LoRARequest of that part
 
     def resolve(self, lora_request: Any) -> AdapterIdentity:
         """The identity under which this request runs; ValueError if the files changed since they were first read."""
@@ -108,16 +168,35 @@ class AdapterRegistry:
             )
         return known
 
-    def phase(self, lora_request: Any) -> Phase:
-        """The phase as last read; no look at the disk after the first."""
-        known = self._known.get(_key(lora_request))
-        return (known or self.refresh(lora_request)).phase
+    def by_kind(self, lora_request: Any) -> tuple[Any, ...]:
+        """What acts on the tokens of each kind: the request itself, the request of a part, or None.
+
+        As last read; no look at the disk after the first.
+        """
+        identity = self._known.get(_key(lora_request)) or self.refresh(lora_request)
+        if identity.parts is None:
+            return tuple(lora_request if acts else None for acts in KINDS[identity.phase])
+        return tuple(part and self._part(part) for part in identity.parts)
+
+    def _part(self, part: Part) -> Any:
+        if part.digest not in self._parts:
+            from vllm.lora.request import LoRARequest
+
+            # vLLM compares requests by name: one name for one content.
+            self._parts[part.digest] = LoRARequest(f"part-{part.digest}", part_id(part.digest), part.folder)
+        return self._parts[part.digest]
 
     def refresh(self, lora_request: Any) -> AdapterIdentity:
         """Read the folder again."""
         identity = read_identity(_folder(lora_request))
         self._known[_key(lora_request)] = identity
         return identity
+
+    def part_ids(self, lora_int_id: int) -> set[int]:
+        """Ids of the weights that the adapter of this id consists of: its own, unless it has parts."""
+        known = [identity for (number, _), identity in self._known.items() if number == lora_int_id]
+        parts = {part for identity in known if identity.parts is not None for part in identity.parts}
+        return {part_id(part.digest) for part in parts if part} if parts else {lora_int_id}
 
     def forget(self, lora_int_id: int) -> None:
         """Drop what is known of an id, under every path."""

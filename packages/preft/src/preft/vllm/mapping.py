@@ -1,22 +1,27 @@
 """Which adapter every token of a scheduler step gets (digest of the paper, section 1.2: the boundary is the request's).
 
-Request i has s tokens computed and k scheduled in this step, an original prompt of n tokens, and an adapter whose phase
-covers the positions [low, high):
+A request with a prompt of n tokens has tokens of three kinds, in stretches of positions, and a phase is a set of kinds:
 
-    prefill [0, n)   decode [n, inf)   decode_boundary [n - 1, inf)   all [0, inf)
+    prompt     [0, n - 1)     prefill          prompt, boundary
+    boundary   {n - 1}        decode           generated
+    generated  [n, inf)       decode_boundary  boundary, generated
+                              all              prompt, boundary, generated
 
-Of its k tokens the first clip(low - s, 0, k) are plain, those up to clip(high - s, 0, k) carry the adapter, the rest
-are plain again. Nothing else enters: not the batch order, the chunk, the step, nor whether the tokens were prompt or
-generated when they were first computed. So the map is right for chunks, one-token tails, speculation, cache hits and
-recomputation after preemption. Both runners of vLLM (V1 and V2) call the same function.
+So all that an adapter does to a request is three adapter ids, one a kind, 0 where nothing acts; a composition has up to
+three different ones. In a step with s tokens computed and k scheduled, the stretch [start, next start) gets its id on
+clip(next start - s, 0, k) - clip(start - s, 0, k) of the k tokens. Nothing else enters: not the batch order, the chunk,
+the step, nor whether the tokens were prompt or generated when they were first computed. So the map is right for
+chunks, one-token tails, speculation, cache hits and recomputation after preemption. Both runners of vLLM (V1 and V2)
+call the same function.
 
-Letters: R requests of the step, K its tokens, S its sampled rows. Adapter id 0 means no adapter.
+Letters: R requests of the step, P stretches of a request, K tokens of the step, S its sampled rows.
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from numpy import ndarray
 
 from shared.tokens import Phase
@@ -25,63 +30,69 @@ NO_ADAPTER = 0
 ENDLESS = np.iinfo(np.int64).max
 
 
-class Interval(NamedTuple):
-    """Positions [low, high) of a request on which its adapter acts."""
+class Kind(IntEnum):
+    """What a token of a request is to its adapter."""
 
-    low: int
-    high: int
+    PROMPT = 0
+    BOUNDARY = 1  # the last prompt token, which yields generated token 0
+    GENERATED = 2
+
+
+# The kinds of token each phase acts on, as three flags.
+KINDS: dict[Phase, tuple[bool, bool, bool]] = {
+    Phase.PREFILL: (True, True, False),
+    Phase.DECODE: (False, False, True),
+    Phase.DECODE_BOUNDARY: (False, True, True),
+    Phase.ALL: (True, True, True),
+}
+
+
+class Stretch(NamedTuple):
+    """Tokens of one kind, from position `start` to the next stretch."""
+
+    start: int
+    kind: Kind
 
 
 class StepMap(NamedTuple):
-    """Adapter id of every token, of every sampled row, and which requests have an adapted token in the step."""
+    """Adapter id of every token and of every sampled row, and the ids that a token of the step has."""
 
     token_K: Int[ndarray, "K"]
     sampled_S: Int[ndarray, "S"]
-    active_R: Bool[ndarray, "R"]
+    active: frozenset[int]
 
 
-def phase_interval(phase: Phase, prompt_length: int) -> Interval:
-    """The positions an adapter of this phase acts on, for a prompt of `prompt_length` tokens."""
-    match Phase(phase):
-        case Phase.ALL:
-            return Interval(0, ENDLESS)
-        case Phase.PREFILL:
-            return Interval(0, prompt_length)
-        case Phase.DECODE:
-            return Interval(prompt_length, ENDLESS)
-        case Phase.DECODE_BOUNDARY:
-            return Interval(max(prompt_length - 1, 0), ENDLESS)
+def stretches(prompt_length: int) -> list[Stretch]:
+    """The stretches of a request with a prompt of `prompt_length` tokens, first to last."""
+    inner = [Stretch(0, Kind.PROMPT)] if prompt_length > 1 else []
+    return [*inner, Stretch(prompt_length - 1, Kind.BOUNDARY), Stretch(prompt_length, Kind.GENERATED)]
 
 
 def map_step(
-    adapter_R: Int[ndarray, "R"],
-    low_R: Int[ndarray, "R"],
-    high_R: Int[ndarray, "R"],
+    adapter_RP: Int[ndarray, "R P"],
+    start_RP: Int[ndarray, "R P"],
     computed_R: Int[ndarray, "R"],
     scheduled_R: Int[ndarray, "R"],
     sampled_R: Int[ndarray, "R"],
 ) -> StepMap:
-    """Map one step; `low_R`, `high_R` are each request's adapted positions, `sampled_R` its rows that are sampled.
+    """Map one step: adapter id and first position of every stretch, in order; `sampled_R` are the rows to sample.
 
     A sampled row is the hidden state of one of the last `sampled_R` tokens of the request's chunk, and gets what that
-    token gets.
+    token gets. An empty stretch starts where the next one does.
     """
-    token_K, adapted_R = _spread(adapter_R, low_R, high_R, computed_R, scheduled_R)
-    sampled_S, _ = _spread(adapter_R, low_R, high_R, computed_R + scheduled_R - sampled_R, sampled_R)
-    return StepMap(token_K, sampled_S, (adapted_R > 0) & (adapter_R != NO_ADAPTER))
+    count_RP = _counts(start_RP, computed_R, scheduled_R)
+    sampled_RP = _counts(start_RP, computed_R + scheduled_R - sampled_R, sampled_R)
+    ids = adapter_RP.ravel()
+    return StepMap(
+        np.repeat(ids, count_RP.ravel()),
+        np.repeat(ids, sampled_RP.ravel()),
+        frozenset(adapter_RP[count_RP > 0].tolist()) - {NO_ADAPTER},
+    )
 
 
-def _spread(
-    adapter_R: Int[ndarray, "R"],
-    low_R: Int[ndarray, "R"],
-    high_R: Int[ndarray, "R"],
-    start_R: Int[ndarray, "R"],
-    count_R: Int[ndarray, "R"],
-) -> tuple[Int[ndarray, "K"], Int[ndarray, "R"]]:
-    """Adapter ids of the positions [start, start + count) of every request, and how many of them are adapted."""
-    before_R = np.clip(low_R - start_R, 0, count_R)
-    until_R = np.maximum(np.clip(high_R - start_R, 0, count_R), before_R)
-    counts_3R = np.stack([before_R, until_R - before_R, count_R - until_R], axis=1).ravel()
-    plain_R = np.full_like(adapter_R, NO_ADAPTER)
-    ids_3R = np.stack([plain_R, adapter_R, plain_R], axis=1).ravel()
-    return np.repeat(ids_3R, counts_3R), until_R - before_R
+def _counts(
+    start_RP: Int[ndarray, "R P"], computed_R: Int[ndarray, "R"], scheduled_R: Int[ndarray, "R"]
+) -> Int[ndarray, "R P"]:
+    """How many of the positions [computed, computed + scheduled) lie in every stretch."""
+    before_RP = np.clip(start_RP - computed_R[:, None], 0, scheduled_R[:, None])
+    return np.diff(before_RP, axis=1, append=scheduled_R[:, None])

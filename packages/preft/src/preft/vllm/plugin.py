@@ -1,9 +1,9 @@
 """The plugin that vLLM finds by its entry point (group `vllm.general_plugins`) and runs once in every process.
 
-It replaces a dozen methods of vLLM 0.32 by thin wrappers. Before it touches anything it compares the signature of each
-with the one the wrapper was written for; a release that moved one is refused with the list of what moved, since going
-on would serve prefill-only adapters as all-token ones. Engines without LoRA run none of the wrapped code but the getter
-of `Request.lora_request`; ordinary adapters get the results they had.
+It replaces a score of methods of vLLM 0.32 by thin wrappers. Before it touches anything it compares the signature of
+each with the one the wrapper was written for; a release that moved one is refused with the list of what moved, since
+going on would serve prefill-only adapters as all-token ones. Engines without LoRA run none of the wrapped code but the
+getter of `Request.lora_request`; ordinary adapters get the results they had.
 """
 
 import functools
@@ -77,6 +77,41 @@ PATCHES = (
             "num_encoder_reqs",
         ),
         runner.determine_batch_execution,
+    ),
+    Patch(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "_reserve_prefill_lookahead",
+        ("self", "request", "num_computed_tokens", "num_new_tokens"),
+        scheduling.within_slots,
+    ),
+    Patch(
+        "vllm.v1.core.sched.output",
+        "NewRequestData",
+        "from_request",
+        ("request", "block_ids", "prefill_token_ids", "uses_mrope"),
+        scheduling.with_whole_adapter,
+    ),
+    Patch(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin",
+        "add_lora",
+        ("self", "lora_request"),
+        runner.adding_parts,
+    ),
+    Patch(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin",
+        "remove_lora",
+        ("self", "lora_id"),
+        runner.for_parts,
+    ),
+    Patch(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin",
+        "pin_lora",
+        ("self", "lora_id"),
+        runner.for_parts,
     ),
     Patch(
         "vllm.lora.worker_manager",
@@ -170,7 +205,9 @@ def _owner(patch: Patch) -> Any:
 
 def _replace(owner: Any, patch: Patch) -> None:
     original = getattr(owner, patch.name)
-    setattr(owner, patch.name, _wrapped(patch, original))
+    replacement: Any = _wrapped(patch, original)
+    # A class method comes bound to its class, and its wrapper takes what the bound one takes.
+    setattr(owner, patch.name, staticmethod(replacement) if inspect.ismethod(original) else replacement)
 
 
 def _wrapped(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,14 +4,14 @@ Each function here wraps one method of vLLM 0.32; `plugin.py` says which. All an
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
 from preft.vllm.identity import AdapterRegistry
-from preft.vllm.mapping import StepMap, map_step, phase_interval
+from preft.vllm.mapping import NO_ADAPTER, Kind, StepMap, map_step
 from preft.vllm.precision import check_precision
 from preft.vllm.residual import SITE, add_sites
 
@@ -22,21 +22,33 @@ LoraInputs = tuple[
 ]  # by sampled row, by token, the adapters to hold
 
 
-def step_map(
+class Step(NamedTuple):
+    """The map of a step and the adapters that it needs in slots."""
+
+    map: StepMap
+    active: set[Any]
+
+
+def step_of(
     adapter_R: Int[ndarray, "R"],
     requests: Iterable[Any],
     prompt_R: Int[ndarray, "R"],
     computed_R: Int[ndarray, "R"],
     scheduled_R: Int[ndarray, "R"],
     sampled_R: Int[ndarray, "R"],
-) -> StepMap:
+) -> Step:
     """`map_step` for the adapters named by `requests` (vLLM's `LoRARequest`s of the batch)."""
-    phases = {request.lora_int_id: worker_adapters.phase(request) for request in requests}
-    low_R, high_R = np.zeros(len(adapter_R), dtype=np.int64), np.zeros(len(adapter_R), dtype=np.int64)
-    for i, (adapter, prompt) in enumerate(zip(adapter_R.tolist(), prompt_R.tolist())):
-        if adapter:
-            low_R[i], high_R[i] = phase_interval(phases[adapter], prompt)
-    return map_step(adapter_R.astype(np.int64), low_R, high_R, computed_R, scheduled_R, sampled_R)
+    by_kind = {request.lora_int_id: worker_adapters.by_kind(request) for request in requests}
+    parts = {part.lora_int_id: part for row in by_kind.values() for part in row if part is not None}
+    ids = {
+        number: [part.lora_int_id if part else NO_ADAPTER for part in row] for number, row in by_kind.items()
+    }
+    plain = [NO_ADAPTER] * len(Kind)
+    adapter_RP = np.array([ids.get(number, plain) for number in adapter_R.tolist()], dtype=np.int64)
+    last_R = prompt_R.astype(np.int64) - 1
+    start_RP = np.stack([np.zeros_like(last_R), last_R, last_R + 1], axis=1)  # in the order of Kind
+    step = map_step(adapter_RP, start_RP, computed_R, scheduled_R, sampled_R)
+    return Step(step, {parts[number] for number in step.active})
 
 
 def make_lora_inputs_v1(original: Callable[..., LoraInputs]) -> Callable[..., LoraInputs]:
@@ -50,7 +62,7 @@ def make_lora_inputs_v1(original: Callable[..., LoraInputs]) -> Callable[..., Lo
         if not adapter_R.any():
             batch.num_active_adapters = 0
             return original(batch, num_scheduled_tokens, num_sampled_tokens)
-        step = step_map(
+        step, active = step_of(
             adapter_R,
             batch.lora_id_to_lora_request.values(),
             batch.num_prompt_tokens[:count],
@@ -58,7 +70,6 @@ def make_lora_inputs_v1(original: Callable[..., LoraInputs]) -> Callable[..., Lo
             num_scheduled_tokens,
             num_sampled_tokens,
         )
-        active = {batch.lora_id_to_lora_request[i] for i in set(adapter_R[step.active_R].tolist())}
         batch.num_active_adapters = dispatch_count(len(active), step)
         return tuple(step.sampled_S.tolist()), tuple(step.token_K.tolist()), active
 
@@ -101,9 +112,7 @@ def make_lora_inputs_v2(_: Callable[..., LoraInputs]) -> Callable[..., LoraInput
         prompt_R = state.request_states.prompt_len.np[idx_mapping]
         computed_R = state.request_states.num_computed_tokens_np[idx_mapping]
         ones_R = np.ones_like(num_scheduled_tokens)
-        step = step_map(adapter_R, requests, prompt_R, computed_R, num_scheduled_tokens, ones_R)
-        active_ids = set(adapter_R[step.active_R].tolist())
-        active = {request for request in requests if request.lora_int_id in active_ids}
+        step, active = step_of(adapter_R, requests, prompt_R, computed_R, num_scheduled_tokens, ones_R)
         return tuple(step.sampled_S.tolist()), tuple(step.token_K.tolist()), active
 
     return make_lora_inputs
@@ -112,7 +121,7 @@ def make_lora_inputs_v2(_: Callable[..., LoraInputs]) -> Callable[..., LoraInput
 def get_activate_loras_v2(_: Callable[..., set[Any]]) -> Callable[..., set[Any]]:
     """`LoraState.get_activate_loras`, asked before the step's token counts are known: adapters with a token to adapt.
 
-    A scheduled request computes at least the token at position `num_computed_tokens`. For a phase that begins later in
+    A scheduled request computes at least the token at position `num_computed_tokens`. For weights that act later in
     the same chunk the answer errs towards "active", which costs a graph without the saving but is never wrong.
     """
 
@@ -124,9 +133,10 @@ def get_activate_loras_v2(_: Callable[..., set[Any]]) -> Callable[..., set[Any]]
                 continue
             index = state.request_states.req_id_to_index[request_id]
             prompt_length = int(state.request_states.prompt_len.np[index])
-            high = phase_interval(worker_adapters.phase(request), prompt_length).high
-            if state.request_states.num_computed_tokens_np[index] < high:
-                active.add(request)
+            computed = int(state.request_states.num_computed_tokens_np[index])
+            decoding = computed >= prompt_length
+            by_kind = worker_adapters.by_kind(request)[Kind.GENERATED if decoding else Kind.PROMPT :]
+            active |= {part for part in by_kind if part is not None}
         return active
 
     return get_activate_loras
@@ -163,6 +173,30 @@ def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(manager, lora_request)
 
     return _load_adapter
+
+
+def adding_parts(original: Callable[..., bool]) -> Callable[..., bool]:
+    """`LoRAModelRunnerMixin.add_lora` that loads every part of an adapter."""
+
+    def add_lora(runner: Any, lora_request: Any) -> bool:
+        if lora_request.load_inplace:
+            worker_adapters.refresh(lora_request)
+        by_kind = worker_adapters.by_kind(lora_request)
+        parts = {part.lora_int_id: part for part in by_kind if part is not None}
+        added = [original(runner, part) for part in parts.values()]
+        return all(added)
+
+    return add_lora
+
+
+def for_parts(original: Callable[..., bool]) -> Callable[..., bool]:
+    """`remove_lora` or `pin_lora` of a runner, done to every part of the adapter of an id."""
+
+    def with_parts(runner: Any, lora_id: int) -> bool:
+        done = [original(runner, number) for number in worker_adapters.part_ids(lora_id)]
+        return all(done)
+
+    return with_parts
 
 
 def activate_adapter(original: Callable[..., bool]) -> Callable[..., bool]:

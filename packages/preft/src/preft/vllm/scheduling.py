@@ -1,27 +1,33 @@
-"""Two facts about a request that the scheduler must know: when it needs its adapter, and what its cached blocks are.
+"""Three facts about a request that the scheduler must know: the adapter it needs, whether there is a slot, its blocks.
 
-**Slots.** A prefill-only adapter is needed only while prompt tokens remain to be computed. `Request.lora_request`
-becomes a property that says so: it is None as soon as `num_computed_tokens >= num_prompt_tokens`. The scheduler's
-budget (max_loras) then counts prefilling requests only, and since the answer follows from the two counters, preemption
-and failed KV loads, which lower the first, restore the adapter without further code.
+**Need.** An adapter is needed only where tokens of its phase remain to be computed. `Request.lora_request` becomes a
+property that says which one the next token needs, if any: for a prefill-only adapter it is None as soon as
+`num_computed_tokens >= num_prompt_tokens`, for a composition it passes from part to part. The scheduler's budget
+(max_loras) then counts what acts, and since the answer follows from the two counters, preemption and failed KV loads,
+which lower the first, restore the adapter without further code. The worker is told the whole adapter.
+
+**Slots.** vLLM checks its budget when a request is admitted, which is enough for an adapter that is needed from the
+first token on. One that is needed later (decode only, the second part of a composition) must find a slot then. So each
+step keeps the set of adapters it uses, and a request's chunk ends before the first token whose adapter would be one too
+many; a request that could compute nothing waits for the next step. Requests are asked in the order in which they run,
+so the eldest always gets what it needs.
 
 **Block identity.** vLLM keys every block of an adapted request by the adapter's name and path. With a phase that is
 wrong twice: blocks computed by the base model would pass for adapted ones in the next turn, and a block that holds the
 boundary depends on where in it the boundary lies. Here block [start, end) of a request is keyed by
 
-    nothing                          if no position in it is adapted (the parent's hash says what came before)
-    name, content digest             if all positions are adapted
-    name, content digest, [low, high)  if some are: which ones, relative to the block's start
+    nothing                            if no position in it is adapted (the parent's hash says what came before)
+    name, content digest               if all positions are adapted by the same weights
+    name, content digest, [low, high)  for each stretch that is, otherwise: which ones, relative to the block's start
 
 The key is taken from the request's own adapter, not from the property, so it does not depend on when a block fills.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from preft.vllm.identity import AdapterIdentity, AdapterRegistry
-from preft.vllm.mapping import phase_interval
-from shared.tokens import Phase
+from preft.vllm.mapping import ENDLESS, Kind, stretches
 
 # One a process: the front one refuses bad requests with it, the scheduler keys blocks by it.
 adapter_registry = AdapterRegistry()
@@ -30,29 +36,98 @@ HashKeys = tuple[Any, ...] | None
 
 
 def get_lora_request(request: Any) -> Any:
-    """The request's adapter while it still has tokens to adapt, else None (getter of `Request.lora_request`)."""
-    own = request.__dict__.get("_own_lora_request")
-    if own is None or request._adapter.phase is not Phase.PREFILL:
-        return own
-    return own if request.num_computed_tokens < request.num_prompt_tokens else None
+    """The adapter that the request's next token needs, or None (getter of `Request.lora_request`)."""
+    by_kind = request.__dict__.get("_by_kind")
+    if by_kind is None:
+        return None
+    last = request.num_prompt_tokens - 1
+    position = request.num_computed_tokens
+    return by_kind[Kind.GENERATED if position > last else Kind.PROMPT if position < last else Kind.BOUNDARY]
 
 
 def set_lora_request(request: Any, lora_request: Any) -> None:
     """Setter of `Request.lora_request`: reads the adapter's identity; ValueError if the folder is unusable."""
-    request._adapter = adapter_registry.resolve(lora_request) if lora_request is not None else None
     request._own_lora_request = lora_request
+    request._adapter = request._by_kind = None
+    if lora_request is not None:
+        request._adapter = adapter_registry.resolve(lora_request)
+        request._by_kind = adapter_registry.by_kind(lora_request)
+
+
+def with_whole_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`NewRequestData.from_request`: the worker maps tokens itself and needs the whole adapter, not a part."""
+
+    def from_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+        data = original(request, *args, **kwargs)
+        data.lora_request = request._own_lora_request
+        return data
+
+    return from_request
+
+
+def within_slots(original: Callable[..., int]) -> Callable[..., int]:
+    """`Scheduler._reserve_prefill_lookahead`, which has the last word on a request's chunk: end it where slots end."""
+
+    def _reserve_prefill_lookahead(
+        scheduler: Any, request: Any, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        by_kind = request.__dict__.get("_by_kind")
+        decoding = num_computed_tokens >= request.num_prompt_tokens
+        if by_kind is not None and not (decoding and by_kind[Kind.GENERATED] is None):
+            used = _used_in_step(scheduler)
+            num_new_tokens = fit_slots(
+                request, num_computed_tokens, num_new_tokens, used, scheduler.lora_config.max_loras
+            )
+        return original(scheduler, request, num_computed_tokens, num_new_tokens)
+
+    return _reserve_prefill_lookahead
+
+
+def fit_slots(request: Any, computed: int, count: int, used: set[int], slots: int) -> int:
+    """How many of the next `count` tokens find their adapter among at most `slots` in use; adds theirs to `used`."""
+    for start, _, kind in _pieces(request.num_prompt_tokens, computed, computed + count):
+        needed = request._by_kind[kind]
+        if needed is None or needed.lora_int_id in used:
+            continue
+        if len(used) >= slots:
+            return start - computed
+        used.add(needed.lora_int_id)
+    return count
+
+
+def _used_in_step(scheduler: Any) -> set[int]:
+    """Ids of the adapters that the scheduler's present step uses so far."""
+    step, used = getattr(scheduler, "_adapters_in_step", (None, set()))
+    if step != scheduler.current_step:
+        used = set()
+        scheduler._adapters_in_step = (scheduler.current_step, used)
+    return used
+
+
+def _pieces(prompt_length: int, start: int, end: int) -> Iterator[tuple[int, int, Kind]]:
+    """Positions [start, end) cut where the kind of token changes."""
+    all_of = stretches(prompt_length)
+    for (low, kind), high in zip(all_of, [*(stretch.start for stretch in all_of[1:]), ENDLESS]):
+        if max(low, start) < min(high, end):
+            yield max(low, start), min(high, end), kind
 
 
 def block_keys(
     name: str, adapter: AdapterIdentity, prompt_length: int, start: int, end: int
 ) -> tuple[Any, ...]:
     """What the hash of block [start, end) must say about the adapter of its request; empty where it does not act."""
-    interval = phase_interval(adapter.phase, prompt_length)
-    low, high = max(interval.low, start), min(interval.high, end)
-    if low >= high:
-        return ()
-    key = ("lora", name, adapter.digest)
-    return (key,) if (low, high) == (start, end) else ((*key, low - start, high - start),)
+    runs: list[tuple[str, int, int]] = []
+    digests = adapter.digests()
+    for low, high, kind in _pieces(prompt_length, start, end):
+        digest = digests[kind]
+        if digest is None:
+            continue
+        if runs and runs[-1][0] == digest and runs[-1][2] == low:
+            low = runs.pop()[1]
+        runs.append((digest, low, high))
+    if [(low, high) for _, low, high in runs] == [(start, end)]:
+        return (("lora", name, runs[0][0]),)
+    return tuple(("lora", name, digest, low - start, high - start) for digest, low, high in runs)
 
 
 def with_block_keys(original: Callable[..., tuple[HashKeys, int]]) -> Callable[..., tuple[HashKeys, int]]:
