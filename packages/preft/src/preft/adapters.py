@@ -16,8 +16,8 @@ Letters: B batch, T token, D width, I and O in- and out-features of a linear lay
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -141,6 +141,7 @@ class ReFTDelta(nn.Module):
 
 
 Delta = LoRADelta | ReFTDelta
+MaskOf = Callable[[Phase], Bool[Tensor, "B T"]]  # the tokens of a phase, in the batch at hand
 
 
 def orthonormal_rows(x_RD: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
@@ -186,25 +187,60 @@ class Adapter(nn.Module):
         for _, delta in self.parts():
             delta.retract_()
 
-    @contextmanager
-    def applied(self, hf: nn.Module, mask_BT: Bool[Tensor, "B T"]) -> Iterator[None]:
+    @property
+    def history(self) -> History:
+        """What earlier assistant turns count as."""
+        return self.config.history
+
+    def applied(self, hf: nn.Module, mask_BT: Bool[Tensor, "B T"]) -> AbstractContextManager[None]:
         """Inside, the model's forward passes carry the adapter on the tokens where the mask is true."""
-        with ExitStack() as stack:
-            # A mask without a token (a decode step of a prefill adapter) leaves the bare model.
-            if bool(mask_BT.any()):
-                for path, delta in self.parts():
-                    handle = hf.get_submodule(path).register_forward_hook(_hook(delta, mask_BT))
-                    stack.callback(handle.remove)
-            yield
+        return applied_together(hf, [Acting(self, 1.0, mask_BT)])
+
+    def applied_to(self, hf: nn.Module, mask_of: MaskOf) -> AbstractContextManager[None]:
+        """`applied` on the tokens of the adapter's phase; `mask_of` gives the mask of a phase."""
+        return self.applied(hf, mask_of(self.config.phase))
 
 
-def _hook(delta: Delta, mask_BT: Bool[Tensor, "B T"]) -> Any:
-    on_input = isinstance(delta, LoRADelta)
+class Acting(NamedTuple):
+    """An adapter at work: the weight of its update and the tokens it acts on."""
 
+    adapter: Adapter
+    weight: float
+    mask_BT: Bool[Tensor, "B T"]
+
+
+@contextmanager
+def applied_together(hf: nn.Module, acting: Iterable[Acting]) -> Iterator[None]:
+    """Inside, the model's forward passes carry all these adapters.
+
+    Updates of one module are computed from the same value and summed: no edit sees another's effect at its own site.
+    """
+    updates: dict[str, list[_Update]] = {}
+    for adapter, weight, mask_BT in acting:
+        # A mask without a token (a decode step of a prefill adapter) leaves the bare model.
+        if bool(mask_BT.any()):
+            for path, delta in adapter.parts():
+                updates.setdefault(path, []).append(_Update(delta, weight, mask_BT))
+    with ExitStack() as stack:
+        for path, several in updates.items():
+            stack.callback(hf.get_submodule(path).register_forward_hook(_hook(several)).remove)
+        yield
+
+
+class _Update(NamedTuple):
+    delta: Delta
+    weight: float
+    mask_BT: Bool[Tensor, "B T"]
+
+
+def _hook(updates: list[_Update]) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        source = args[0] if on_input else output
-        update = delta(source.to(torch.float32)).to(output.dtype)
-        return output + update * mask_BT[..., None].to(output.device, output.dtype)
+        total = output
+        for delta, weight, mask_BT in updates:
+            source = args[0] if isinstance(delta, LoRADelta) else output
+            update = (delta(source.to(torch.float32)) * weight).to(output.dtype)
+            total = total + update * mask_BT[..., None].to(output.device, output.dtype)
+        return total
 
     return hook
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from preft.adapters import Adapter
+from preft.compose import AnyAdapter
 from preft.forward import masked_loss
 from preft.train.rows import padding_id, training_rows
 from shared.history import History
@@ -16,12 +16,12 @@ from shared.tokens import Message, collate
 def heldout_loss(
     hf: Any,
     tokenizer: Any,
-    adapter: Adapter | None,
+    adapter: AnyAdapter | None,
     chats: Sequence[Sequence[Message]],
     batch_size: int = 32,
 ) -> float:
     """Mean loss over all response tokens of the chats, in nats; `adapter` None is the base model."""
-    history = adapter.config.history if adapter else History.RECOMPUTE
+    history = adapter.history if adapter else History.RECOMPUTE
     rows = sorted(training_rows(tokenizer, chats, history), key=lambda row: len(row.input_ids))
     if not rows:
         raise ValueError("held-out loss needs at least one chat with an assistant message")

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from preft.adapters import Adapter
+from preft.compose import AnyAdapter
 from shared.tokens import TokenBatch
 
 
@@ -24,14 +24,12 @@ class Loss(NamedTuple):
     tokens: int
 
 
-def adapted(hf: Any, adapter: Adapter | None, batch: TokenBatch) -> AbstractContextManager[None]:
+def adapted(hf: Any, adapter: AnyAdapter | None, batch: TokenBatch) -> AbstractContextManager[None]:
     """The scope in which the model carries the adapter on the batch's tokens of its phase (None: the bare model)."""
-    if adapter is None:
-        return nullcontext()
-    return adapter.applied(hf, batch.phase_mask(adapter.config.phase))
+    return nullcontext() if adapter is None else adapter.applied_to(hf, batch.phase_mask)
 
 
-def masked_logits(hf: Any, adapter: Adapter | None, batch: TokenBatch) -> Float[Tensor, "B T V"]:
+def masked_logits(hf: Any, adapter: AnyAdapter | None, batch: TokenBatch) -> Float[Tensor, "B T V"]:
     """Logits of the model with the adapter on the tokens of its phase; of the bare model where `adapter` is None."""
     batch = batch.to(hf.device)
     # Packed rows: without a padding mask transformers derives the documents from the restarting positions.
@@ -52,7 +50,7 @@ def targets(batch: TokenBatch) -> Int[Tensor, "B T"]:
     return batch.labels_BT.masked_fill(batch.position_ids_BT == 0, -100)
 
 
-def masked_loss(hf: Any, adapter: Adapter | None, batch: TokenBatch) -> Loss:
+def masked_loss(hf: Any, adapter: AnyAdapter | None, batch: TokenBatch) -> Loss:
     """Negative log-likelihood of the batch's labels (token t is predicted from the logits at t - 1)."""
     labels_BT = targets(batch).to(hf.device)[:, 1:]
     logits_BTV = masked_logits(hf, adapter, batch)[:, :-1]

@@ -6,14 +6,15 @@ scheduler: each token's mask comes from its position alone.
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from preft.adapters import Adapter
-from shared.tokens import phase_mask
+from preft.compose import AnyAdapter
+from shared.tokens import Phase, phase_mask
 
 
 class Reference(NamedTuple):
@@ -25,7 +26,11 @@ class Reference(NamedTuple):
 
 @torch.no_grad()
 def greedy_reference(
-    hf: Any, adapter: Adapter | None, prompt_ids: list[int], max_tokens: int, stop_ids: tuple[int, ...] = ()
+    hf: Any,
+    adapter: AnyAdapter | None,
+    prompt_ids: list[int],
+    max_tokens: int,
+    stop_ids: tuple[int, ...] = (),
 ) -> Reference:
     """Greedy continuation of one prompt of token ids under an adapter, or under the bare model."""
     from transformers import DynamicCache
@@ -49,16 +54,13 @@ def greedy_reference(
 
 
 def _read(
-    hf: Any, adapter: Adapter | None, chunk: list[int], start: int, prompt_length: int, cache: Any
+    hf: Any, adapter: AnyAdapter | None, chunk: list[int], start: int, prompt_length: int, cache: Any
 ) -> Tensor:
     """Logits after the last token of a chunk that begins at position `start`."""
     input_ids_1T = torch.tensor([chunk], device=hf.device)
     position_ids_1T = torch.arange(start, start + len(chunk), device=hf.device)[None]
-    scope = (
-        nullcontext()
-        if adapter is None
-        else adapter.applied(hf, _mask(adapter, position_ids_1T, prompt_length))
-    )
+    mask_of = partial(_mask, position_ids_1T, prompt_length)
+    scope = nullcontext() if adapter is None else adapter.applied_to(hf, mask_of)
     with scope:
         output = hf(
             input_ids=input_ids_1T, position_ids=position_ids_1T, past_key_values=cache, use_cache=True
@@ -66,8 +68,6 @@ def _read(
     return output.logits[0, -1].float()
 
 
-def _mask(adapter: Adapter, position_ids_1T: Tensor, prompt_length: int) -> Bool[Tensor, "B T"]:
+def _mask(position_ids_1T: Tensor, prompt_length: int, phase: Phase) -> Bool[Tensor, "B T"]:
     prompt_lengths_1 = torch.tensor([prompt_length], device=position_ids_1T.device)
-    return phase_mask(
-        adapter.config.phase, position_ids_1T, prompt_lengths_1, torch.ones_like(position_ids_1T)
-    )
+    return phase_mask(phase, position_ids_1T, prompt_lengths_1, torch.ones_like(position_ids_1T))
