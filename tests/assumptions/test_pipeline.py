@@ -14,18 +14,15 @@ from assumptions.elicitation import ElicitationSettings
 from assumptions.features import capture_features
 from assumptions.outcomes import OUTCOMES, Judgement
 from assumptions.pages import add_steering
-from assumptions.pipeline import (
-    PIPELINE,
-    AssumptionProbingConfig,
-    JudgeSettings,
-    SteeringSettings,
-    steering_metrics,
-)
+from assumptions.pipeline import PIPELINE
 from assumptions.probes import fit_probes
+from assumptions.run_metrics import steering_metrics
 from assumptions.scripted import ScriptedGenerator
+from assumptions.settings import AssumptionProbingConfig, ChoiceSettings, JudgeSettings, SteeringSettings
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split
-from assumptions.steering import Direction
+from assumptions.steered import Steering, dose_test, judging
+from assumptions.steering import Direction, probe_direction
 from shared.errors import UserError
 from shared.generation import Completion, Sampling
 from shared.models import ModelConfig, load
@@ -172,7 +169,8 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
     engine = ScriptedGenerator(shape, truth, rates={"prose_only": 0.1})
     started = []
     monkeypatch.setattr(pipeline, "start_engine", lambda *_: started.append(1) or engine)
-    steering = SteeringSettings(doses=[-2.0, 0.0, 2.0], random=1, messages=2, max_tokens=16)
+    choice = ChoiceSettings(blocks=[1], random=1, messages=2)
+    steering = SteeringSettings(doses=[-2.0, 0.0, 2.0], random=1, messages=2, max_tokens=16, choice=choice)
     config = AssumptionProbingConfig(messages=60, shuffles=2, steering=steering)
     with start_run(tmp_path / "run", {"settings": config}, seed=0) as run:
         metrics = PIPELINE.run(config, ModelConfig("tinyworld"), run)
@@ -244,8 +242,6 @@ def test_features_of_edited_messages_are_captured_anew(tmp_path, model):
 
 def test_edited_messages_are_steered_anew_under_the_same_probes(tmp_path, model):
     """The probes alone do not name the replies: a held-out message may change without moving a coefficient."""
-    from assumptions.pipeline import steer_and_judge
-
     rows = [Chat(str(i), f"about my {'rent' if i % 2 else 'job'}, {i * i}") for i in range(30)]
     labels = torch.rand(30, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     split = group_split(rows)
@@ -258,7 +254,9 @@ def test_edited_messages_are_steered_anew_under_the_same_probes(tmp_path, model)
     texts = []
     for chats in (held, edited):
         with start_run(tmp_path / "run", {}, seed=0) as run:
-            curves, replies = steer_and_judge(config, run.use_model(model), probes, chats, run)
+            study = Steering(config, run.use_model(model), judging(config.judge, run), run)
+            directions = {"user_rightness": probe_direction(probes.probes["user_rightness"])}
+            curves, replies = dose_test(study, directions, chats)
         texts.append([reply.text for reply in replies if reply.direction == UNEDITED])
         assert texts[-1] == [reply.text for reply in steer(model, chats, [], [0.0], sampling)]
         # a model that knows no replies: nothing can be judged, and that stops nothing
@@ -269,7 +267,7 @@ def test_edited_messages_are_steered_anew_under_the_same_probes(tmp_path, model)
 
 def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
     """T18: a file of chats, no truth known; a resumed run asks the judge again where no grade was read, only there."""
-    from assumptions import pipeline
+    from assumptions import pipeline, steered
 
     path = tmp_path / "mine.csv"
     turns = [turn.text for turn in social.sample_turns(40, seed=9)]
@@ -291,9 +289,10 @@ def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
 
     engine = ScriptedGenerator(pipeline.instrument("nine_scores").shape(), truth)
     monkeypatch.setattr(pipeline, "start_engine", lambda *_: engine)
-    monkeypatch.setattr(pipeline, "start_judge", lambda *_: started.append(1) or Grader())
+    monkeypatch.setattr(steered, "start_judge", lambda *_: started.append(1) or Grader())
+    choice = ChoiceSettings(by="reading")
     steering = SteeringSettings(
-        ["user_rightness"], doses=[-1.0, 0.0, 1.0], random=0, messages=3, max_tokens=3
+        ["user_rightness"], doses=[-1.0, 0.0, 1.0], random=0, messages=3, max_tokens=3, choice=choice
     )
     judge = JudgeSettings("server", "http://127.0.0.1:1/v1", "grader")
     config = AssumptionProbingConfig(

@@ -1,5 +1,7 @@
 """Rung C on the committed model, where the truth is planted: read beyond words, steered by sign, controls beside."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,14 @@ from assumptions.evaluation import evaluate_probes
 from assumptions.features import capture_features
 from assumptions.outcomes import Exchange, LexicalJudge
 from assumptions.probes import fit_probes
+from assumptions.settings import AssumptionProbingConfig, ChoiceSettings, SteeringSettings
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split
+from assumptions.steered import Steering, choose_directions
 from assumptions.steering import probe_direction, random_directions
 from shared.generation import Sampling
 from shared.models import load
+from shared.runs import start_run
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,8 @@ def study():
     features = capture_features(model, messages.chats)
     probes, chosen = fit_probes(features, labels, NAMES, split, "posterior")
     scores = evaluate_probes(features, labels, probes, chosen, split, messages.chats, shuffles=3)
-    return model, [messages.chats[i] for i in split.test], probes, scores
+    held = [messages.chats[i] for i in split.test]
+    return model, held, probes, scores, features, labels, split, messages.chats
 
 
 def test_the_residual_stream_holds_what_words_alone_do_not(study):
@@ -40,7 +46,7 @@ def test_the_residual_stream_holds_what_words_alone_do_not(study):
 
 
 def test_a_positive_dose_moves_replies_by_the_sign_of_its_dimension(study):
-    model, chats, probes, _ = study
+    model, chats, probes, *_ = study
     chats, sampling = chats[:16], Sampling(max_tokens=60, temperature=1.0, logprobs=None)
     directions = [
         probe_direction(probes.probes[name]) for name in ("validation_seeking", "objectivity_seeking")
@@ -57,3 +63,22 @@ def test_a_positive_dose_moves_replies_by_the_sign_of_its_dimension(study):
         assert np.mean(curve.judged) > 0.9
     random = dose_response(replies, judged, control[0], moved_outcomes("tinyworld", "validation_seeking"))
     assert abs(random.slope) < min(map(abs, slopes))
+
+
+def test_a_direction_steers_more_at_the_block_chosen_by_dose_response(study, tmp_path):
+    """Block 2 reads objectivity_seeking as well as block 1 and hardly steers: the choice, on others, leaves it."""
+    model, held, probes, _, features, labels, split, chats = study
+    name = "objectivity_seeking"
+    [late] = fit_probes(features.only(["blocks.2.output"]), labels, NAMES, split, probes.labeller)[:1]
+    reading = replace(probes, probes=probes.probes | {name: late.probes[name]})
+    assert late.probes[name].r2_validation > 0.98
+    choice = ChoiceSettings(blocks=[1], random=1, messages=10)
+    config = AssumptionProbingConfig(steering=SteeringSettings([name], max_tokens=48, choice=choice))
+    with start_run(tmp_path / "run", {}, seed=0) as run:
+        steering = Steering(config, run.use_model(model), LexicalJudge().judge, run)
+        directions, trials = choose_directions(steering, reading, features, labels, split, chats)
+        places = [directions[name], replace(probe_direction(late.probes[name]), name="read")]
+        chosen, read = steering.answer("test", held[:12], places, [-3.0, 0.0, 3.0]).curves.values()
+    assert (places[0].block, [one.block for one in trials[name]]) == (1, [2, 1])
+    assert chosen.slope < 0
+    assert abs(chosen.slope) > 1.5 * abs(read.slope)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from shared.errors import UserError
+from shared.runs import Run, config_hash
 from shared.serialize import plain
 
 
@@ -112,3 +113,11 @@ def _cut_torn_line(path: Path) -> None:
     if whole < len(content):
         with path.open("r+b") as file:
             file.truncate(whole)
+
+
+def answers_path(run: Run, kind: str, question: dict[str, Any]) -> Path:
+    """The file of the answers to one question; without `run.resume` a former run's is removed."""
+    path = run.path(f"{kind}-{config_hash(question)}.jsonl")
+    if not run.resume:
+        path.unlink(missing_ok=True)
+    return path

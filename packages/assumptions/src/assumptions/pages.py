@@ -1,16 +1,20 @@
 """What the study's report says: method, tables and figures of elicitation, probes and steering."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from assumptions.charts import agreement_chart, block_chart, dose_chart, probe_chart
 from assumptions.chats import Chat
+from assumptions.control import Trial
 from assumptions.dimensions import DIMENSIONS, NAMES, SIGNS
 from assumptions.doses import UNEDITED, Curve, Reply
 from assumptions.elicitation import Elicitation
 from assumptions.evaluation import ProbeScore
 from assumptions.instruments import Instrument
+from assumptions.settings import ChoiceSettings
 from assumptions.sources import Messages
+from assumptions.steering import Direction
 from shared.report import Report
 
 EXAMPLES = 3
@@ -82,6 +86,44 @@ def _probe_row(name: str, score: ProbeScore) -> dict[str, Any]:
     }
 
 
+def add_choice(
+    report: Report,
+    trials: Mapping[str, Sequence[Trial]],
+    chosen: Mapping[str, Direction],
+    settings: ChoiceSettings,
+) -> None:
+    """Why each direction is steered at its block: slope, controls and coherence of every block tried."""
+    report.text("# Where steering takes hold\n\n" + _how_chosen(settings))
+    rows = [
+        {
+            "dimension": name,
+            "block": one.block,
+            "slope a unit": one.slope,
+            "steepest random": one.steepest_random,
+            "margin": one.margin,
+            "coherence": one.coherence,
+            "steered here": one.block == chosen[name].block,
+        }
+        for name, of_name in trials.items()
+        for one in sorted(of_name, key=attrgetter("block"))
+    ]
+    report.table(rows or [{"dimension": name, "block": one.block} for name, one in chosen.items()], "Blocks")
+
+
+def _how_chosen(settings: ChoiceSettings) -> str:
+    if settings.by == "reading":
+        return (
+            "Every direction is steered at the block where its score is read best; no other block was tried."
+        )
+    return (
+        f"Where a score is read best is not where its direction steers best. Up to {settings.messages} validation "
+        f"messages were answered at doses {', '.join(f'{dose:g}' for dose in settings.doses)} of each block's own "
+        f"direction and of {settings.random} random directions of its norm. The block with the largest margin "
+        "(absolute slope less the steepest random one) is steered, if its replies stay readable "
+        f"(coherence at least {1 - settings.largest_loss:g} of the unedited replies'). Test messages took no part."
+    )
+
+
 def add_steering(
     report: Report,
     curves: Mapping[str, Sequence[Curve]],
@@ -93,7 +135,7 @@ def add_steering(
     """The dose-response curves with their random controls, and one message answered at all doses."""
     signs = ", ".join(f"{name} {'up' if SIGNS[name] > 0 else 'down'}" for name in curves)
     report.text(
-        "# What steering does\n\nReplies to held-out messages with alpha v added to the residual stream at the probe's "
+        "# What steering does\n\nReplies to held-out messages with alpha v added to the residual stream at the chosen "
         "block, prompt and reply alike; a positive dose raises the labelled score. Expected effect of a positive dose "
         f"on sycophancy: {signs}. Every message keeps its random numbers at all doses; {messages} messages; bands are "
         "95% bootstrap intervals over messages; random directions have the same block and the same norm. Scores run "

@@ -12,6 +12,22 @@ from shared.errors import UserError
 
 
 @dataclass
+class ChoiceSettings:
+    """How the block to steer at is chosen (`assumptions.control`): by dose-response on validation messages.
+
+    `by` "reading" takes the block chosen for reading and answers nothing. `blocks`: those to try, none for at most
+    eight over the depth. `largest_loss`: share of readable replies that steering may cost.
+    """
+
+    by: Literal["dose_response", "reading"] = "dose_response"
+    blocks: list[int] = field(default_factory=list)
+    doses: list[float] = field(default_factory=lambda: [-3.0, 0.0, 3.0])
+    random: int = 2
+    messages: int = 16
+    largest_loss: float = 0.1
+
+
+@dataclass
 class SteeringSettings:
     """How replies are steered: which dimensions along which kind of direction, at which doses, with which controls."""
 
@@ -24,6 +40,7 @@ class SteeringSettings:
     max_tokens: int = 80
     temperature: float = 1.0
     top_p: float = 1.0
+    choice: ChoiceSettings = field(default_factory=ChoiceSettings)
 
 
 @dataclass
@@ -65,8 +82,9 @@ class AssumptionProbingConfig:
             )
         if self.engine == "hf" and self.elicitation.guided:
             raise UserError("engine hf has no grammar: set pipeline.elicitation.guided=false, or engine=vllm")
-        if 0.0 not in self.steering.doses or len(set(self.steering.doses)) < 3:
-            raise UserError("steering.doses needs 0 and at least two other doses")
+        for name, doses in (("doses", self.steering.doses), ("choice.doses", self.steering.choice.doses)):
+            if 0.0 not in doses or len(set(doses)) < 3:
+                raise UserError(f"steering.{name} needs 0 and at least two other doses")
         if self.judge.kind == "server" and not (self.judge.url and self.judge.model):
             raise UserError(
                 "judge.kind=server needs judge.url and judge.model; the key is read from OPENAI_API_KEY"

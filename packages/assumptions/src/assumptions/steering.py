@@ -6,6 +6,7 @@ norms of the pooled residual stream. A dose means the same push for a probe dire
 share block and scale (norm-matched).
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -39,6 +40,12 @@ class Direction:
     def site(self) -> str:
         """Where the direction is added: the site it was read at."""
         return f"blocks.{self.block}.output"
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits over name, block, scales and vector: what was made with a direction is known by it."""
+        content = repr((self.name, self.block, self.projection_sd, self.resid_norm)).encode()
+        return hashlib.sha256(content + self.unit_D.double().numpy().tobytes()).hexdigest()[:16]
 
     def alpha(self, dose: float, unit: Unit = "proj_sd") -> float:
         """The absolute strength of a dose."""

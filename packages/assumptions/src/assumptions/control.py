@@ -1,0 +1,110 @@
+"""Choose the block to steer at by dose-response on validation messages: reading is not control (arXiv 2406.07882).
+
+1. At every candidate block the probe of that block gives a direction with its own unit of dose.
+2. Validation messages are answered under it at a few doses, and under random directions of the same norm at the same
+   block, drawn apart from those that the test uses: a control that helped to choose would look flatter than it is.
+3. A block's margin is the absolute slope of the judged outcome on the dose less the steepest random direction's. The
+   sign is not presumed: whether it is the expected one is what the test messages show.
+4. The block with the largest margin is kept, among those whose replies stay coherent: judged, and ended by themselves,
+   nearly as often as the unedited ones.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+from assumptions.doses import Curve
+from assumptions.features import Features
+from assumptions.probes import ProbeSet, fit_probes
+from assumptions.splits import Split
+from assumptions.steering import Direction, Kind, pattern_direction, probe_direction, random_directions
+from shared.errors import UserError
+
+SPREAD = 8  # blocks tried where none are named
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What steering along a dimension's direction at one block does to the replies to validation messages."""
+
+    block: int
+    slope: float
+    steepest_random: float
+    coherence: float  # lowest share of readable replies at any dose, as a share of the unedited ones
+
+    @property
+    def margin(self) -> float:
+        """Absolute slope less the steepest random direction's; -inf where no slope could be measured."""
+        margin = abs(self.slope) - self.steepest_random
+        return margin if math.isfinite(margin) else -math.inf
+
+
+def candidate_blocks(named: Sequence[int], n_layers: int, reading: int) -> list[int]:
+    """The blocks to try, the one chosen for reading first: those named, or at most `SPREAD` evenly over the depth."""
+    if unknown := [block for block in named if not 0 <= block < n_layers]:
+        raise UserError(
+            f"steering.choice.blocks: {unknown} are not blocks of this model, 0 to {n_layers - 1}"
+        )
+    count = min(SPREAD, n_layers)
+    spread = [round(i * (n_layers - 1) / max(count - 1, 1)) for i in range(count)]
+    return list(dict.fromkeys([reading, *(named or spread)]))
+
+
+def directions_by_block(
+    features: Features,
+    labels_BK: Float[torch.Tensor, "B K"],
+    probes: ProbeSet,
+    split: Split,
+    dimension: str,
+    blocks: Sequence[int],
+    kind: Kind,
+) -> list[Direction]:
+    """The dimension's direction at each block, from a probe fitted there on the rows of `probes`."""
+    column = list(probes.probes).index(dimension)
+    labels_B1 = labels_BK[:, column : column + 1]
+    make = probe_direction if kind == "probe" else pattern_direction
+    directions = []
+    for block in blocks:
+        there = features.only([f"blocks.{block}.output"])
+        fitted, _ = fit_probes(there, labels_B1, [dimension], split, probes.labeller)
+        directions.append(make(fitted.probes[dimension]))
+    return directions
+
+
+def trial_family(direction: Direction, random: int, seed: int) -> list[Direction]:
+    """A candidate and its random controls, named by their block; the controls differ from block to block."""
+    family = [direction, *random_directions(direction, random, seed + 1_000_003 * (direction.block + 1))]
+    return [replace(one, name=f"{one.name}.block{one.block}") for one in family]
+
+
+def trial(direction: Direction, curves: Sequence[Curve]) -> Trial:
+    """The trial of a direction from its own curve and those of its random controls, in this order."""
+    own, *controls = curves
+    slopes = [abs(curve.slope) for curve in controls if math.isfinite(curve.slope)]
+    readable = [min(judged, 1 - cut) for judged, cut in zip(own.judged, own.truncated, strict=True)]
+    unedited = readable[own.doses.index(0.0)]
+    coherence = min(readable) / unedited if unedited else 1.0
+    return Trial(direction.block, own.slope, max(slopes, default=0.0), coherence)
+
+
+def best(trials: Sequence[Trial], largest_loss: float) -> Trial:
+    """The trial of the largest margin among those that keep coherence (all where none does); the first of equals."""
+    return max(trials, key=lambda one: (one.coherence >= 1 - largest_loss, one.margin))
+
+
+def control_metrics(
+    trials: Mapping[str, Sequence[Trial]], chosen: Mapping[str, Direction], probes: ProbeSet
+) -> dict[str, dict[str, Any]]:
+    """By dimension: the blocks for steering and for reading, and what each block tried has shown."""
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, direction in chosen.items():
+        tried = sorted(trials.get(name, ()), key=attrgetter("block"))
+        metrics[name] = {"block": direction.block, "reading_block": probes.probes[name].block}
+        for figure in ("slope", "steepest_random", "coherence"):
+            metrics[name][figure] = {str(one.block): getattr(one, figure) for one in tried}
+    return metrics
