@@ -62,7 +62,7 @@ def pipelines(tmp_path, monkeypatch):
 
     def status(command, log):
         settings = dict(argument.split("=", 1) for argument in command if "=" in argument)
-        log.write(f"{settings['pipeline']} says so\n")
+        log.write(f"{settings['pipeline']} says so: {' '.join(command)}\n")
         write_json(Path(settings["run.folder"]) / "metrics.json", metrics[settings["pipeline"]])
         return failing.get(settings["pipeline"], 0)
 
@@ -79,6 +79,15 @@ def test_the_summary_holds_every_figure(pipelines, capsys):
     assert summary["circuits"]["conservation_error"] == 1e-6
     assert summary["assumptions"]["spearman"]["validation_seeking"] == 0.9
     assert summary["seconds"] >= 0
+
+
+def test_near_ties_of_half_precision_are_shown_where_there_are_any(pipelines, capsys):
+    pipelines[0]["adapter_serving"]["near_ties"] = {"requests": 3, "tolerance": 0.5}
+    demo.main()
+    assert "of them other only after a near tie 3" in " ".join(capsys.readouterr().out.split())
+    pipelines[0]["adapter_serving"]["near_ties"]["requests"] = 0
+    demo.main()
+    assert "near tie" not in capsys.readouterr().out
 
 
 def test_the_figures_of_real_size_fit_one_screen(pipelines, capsys):
@@ -102,6 +111,21 @@ def test_the_figures_of_real_size_fit_one_screen(pipelines, capsys):
     ):
         assert expected in cells
     assert "runs/demo/summary.json" in lines[-1]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_on_a_gpu_the_adapters_are_served_in_16_bit_unless_the_user_says_otherwise(
+    pipelines, monkeypatch, gpu
+):
+    """The last of two settings of a key holds, and the user's come last; the other parts stay in float32."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("sys.argv", ["demo", "model.dtype=float16"])
+    demo.main()
+    logs = {part.key: (demo.FOLDER / f"{part.pipeline}.log").read_text() for part in demo.PARTS}
+    given = "model.dtype=bfloat16 " * gpu + "model.dtype=float16\n"
+    assert logs["preft"].endswith(f"run.folder={demo.FOLDER / 'adapter_serving'} {given}")
+    for key in ("circuits", "assumptions"):
+        assert "bfloat16" not in logs[key]
 
 
 def test_a_failing_pipeline_ends_the_demo_with_its_log(pipelines, capsys):

@@ -47,6 +47,8 @@ def adapter_serving(metrics: Metrics) -> Iterator[str]:
     """Match rate, held-out loss and throughput by kind of adapter."""
     kinds = list(pick(metrics, "throughput") or ())
     yield line("share of answers equal to reference", figure(pick(metrics, "match_rate")))
+    if ties := pick(metrics, "near_ties", "requests"):
+        yield line("  of them other only after a near tie", str(ties))
     yield line("", *kinds)
     yield _row("held-out loss, nats a token", pick(metrics, "heldout_loss"), kinds)
     yield _row("generated tokens a second", pick(metrics, "throughput"), kinds)

@@ -24,9 +24,10 @@ def write_pages(
     losses: Sequence[Mapping[str, Any]],
     outcomes: Sequence[Outcome],
     speeds: Mapping[str, Speed],
+    tolerance: float,
 ) -> None:
-    """Add the pipeline's results to a report."""
-    report.text(_summary(config, outcomes))
+    """Add the pipeline's results to a report; `tolerance` in logits is the near tie of the model's number type."""
+    report.text(_summary(config, outcomes, tolerance))
     report.figure(_figure(losses, speeds), _caption(config, len(users)))
     report.table(_speed_rows(speeds), "Generated tokens a second, one engine, arms interleaved")
     report.table(losses, "Held-out loss, nats a response token")
@@ -37,13 +38,21 @@ def write_pages(
     report.table([{"user": user.name, **user.preferences} for user in users], "What each user prefers")
 
 
-def _summary(config: "AdapterServingConfig", outcomes: Sequence[Outcome]) -> str:
+def _summary(config: "AdapterServingConfig", outcomes: Sequence[Outcome], tolerance: float) -> str:
     tokens = sum(len(outcome.reference) for outcome in outcomes)
     gap = min(outcome.smallest_gap for outcome in outcomes)
+    ties = sum(outcome.near_tie(tolerance) for outcome in outcomes)
+    rounding = (
+        f" In half precision engine and reference round differently: {ties} further requests differ, first at a token "
+        f"that the reference chose by at most {tolerance:g} logits, and count as near ties."
+        if tolerance
+        else ""
+    )
     return (
         f"**{match_rate(outcomes):.0%}** of {len(outcomes)} requests ({tokens} tokens) of the mixed batch equal the "
         "masked Hugging Face reference, token for token. Base, all-token LoRA, LoRA-P and ReFT-P requests ran in one "
-        f"batch of stock vLLM with this project's plugin. The closest call between two tokens was {gap:.2g} logits.\n\n"
+        f"batch of stock vLLM with this project's plugin. The closest call between two tokens was {gap:.2g} logits."
+        f"{rounding}\n\n"
         "Prefill-only adapters act on the prompt; every token after the first generated one is computed by the bare "
         f"model. LoRA has rank {config.lora.rank}, {config.reft.method} rank {config.reft.rank}."
     )

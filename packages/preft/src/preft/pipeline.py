@@ -3,7 +3,7 @@
 1. Every user gets three adapters, trained on the user's own chats: LoRA on all tokens, LoRA-P and DiReFT-P.
 2. Held-out loss of each, and of the base model, on the user's held-out chats.
 3. One stock vLLM engine, with this package's plugin, serves base, LoRA, LoRA-P and ReFT-P requests in one batch; each
-   answer must equal the masked Hugging Face reference token for token.
+   answer must equal the masked Hugging Face reference token for token (in half precision: up to a near tie).
 4. Throughput of the four kinds, interleaved in the same engine.
 """
 
@@ -22,7 +22,7 @@ from preft.mixed_batch import MixedRequest, Outcome, match_rate, run_mixed
 from preft.pages import write_pages
 from preft.throughput import Speed, ThroughputConfig, measure
 from preft.train.sft import TrainConfig, train_adapter
-from preft.vllm.precision import check_precision
+from preft.vllm.precision import check_precision, near_tie
 from shared.history import History
 from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run
@@ -180,14 +180,16 @@ def run_pipeline(config: AdapterServingConfig, model_config: ModelConfig, run: R
     outcomes, speeds = serve(model, users, folders, adapters, config, run)
     with run.stage("served.jsonl") as path:
         path.write_text("".join(f"{_json(outcome)}\n" for outcome in outcomes), encoding="utf-8")
+    tolerance = near_tie(model.dtype)
     metrics = {
-        "match_rate": match_rate(outcomes),
+        "match_rate": match_rate(outcomes, tolerance),
         "requests_compared": len(outcomes),
+        "near_ties": {"requests": sum(one.near_tie(tolerance) for one in outcomes), "tolerance": tolerance},
         "heldout_loss": {kind: mean(row[kind] for row in losses) for kind in ("base", *KINDS)},
         "throughput": {kind: speed.median for kind, speed in speeds.items()},
         "throughput_spread": {kind: [speed.low, speed.high] for kind, speed in speeds.items()},
     }
-    write_pages(run.report, config, users, adapters, losses, outcomes, speeds)
+    write_pages(run.report, config, users, adapters, losses, outcomes, speeds, tolerance)
     return metrics
 
 

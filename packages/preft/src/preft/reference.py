@@ -18,10 +18,15 @@ from shared.tokens import Phase, phase_mask
 
 
 class Reference(NamedTuple):
-    """Greedy tokens (a stop token included) and the smallest gap between the two best logits on the way."""
+    """Greedy tokens (a stop token included), and at each the gap between the two best logits."""
 
     tokens: list[int]
-    smallest_gap: float
+    gaps: list[float]
+
+    @property
+    def smallest_gap(self) -> float:
+        """The closest call on the way."""
+        return min(self.gaps, default=float("inf"))
 
 
 @torch.no_grad()
@@ -39,18 +44,18 @@ def greedy_reference(
         raise ValueError("a prompt needs at least one token")
     cache = DynamicCache(config=hf.config)
     tokens: list[int] = []
-    gap = float("inf")
+    gaps: list[float] = []
     chunk, start = list(prompt_ids), 0
     while len(tokens) < max_tokens:
         logits_V = _read(hf, adapter, chunk, start, len(prompt_ids), cache)
         best = logits_V.topk(2)
-        gap = min(gap, float(best.values[0] - best.values[1]))
+        gaps.append(float(best.values[0] - best.values[1]))
         tokens.append(int(best.indices[0]))
         if tokens[-1] in stop_ids:
             break
         start += len(chunk)
         chunk = [tokens[-1]]
-    return Reference(tokens, gap)
+    return Reference(tokens, gaps)
 
 
 def _read(

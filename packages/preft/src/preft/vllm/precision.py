@@ -11,6 +11,7 @@ import torch
 from preft.adapters import AdapterError
 
 GPU_TYPES = (torch.float16, torch.bfloat16)
+NEAR_TIE_STEPS = 8
 
 
 def check_precision(model_dtype: torch.dtype, lora_dtype: torch.dtype, device_type: str) -> None:
@@ -21,6 +22,14 @@ def check_precision(model_dtype: torch.dtype, lora_dtype: torch.dtype, device_ty
             f"here the model is in {_name(model_dtype)} and the adapters in {_name(lora_dtype)}. "
             "Set model.dtype=bfloat16 (vllm serve: --dtype bfloat16) and leave lora_dtype alone"
         )
+
+
+def near_tie(dtype: torch.dtype) -> float:
+    """Gap in logits up to which two computations in a type may choose different tokens; 0 in float32.
+
+    `NEAR_TIE_STEPS` rounding steps of a logit between 8 and 16: bfloat16 0.5, float16 0.0625.
+    """
+    return 0.0 if dtype == torch.float32 else NEAR_TIE_STEPS * 8 * torch.finfo(dtype).eps
 
 
 def _name(dtype: torch.dtype) -> str:
