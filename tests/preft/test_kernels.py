@@ -7,9 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from preft.vllm.kernels import PLAIN, expand_, segmented_wrapper, segments, shrink_, slots_of
+from preft.vllm.cpu_layers import lay_out
+from preft.vllm.kernels import (
+    PLAIN,
+    expand_,
+    segmented_wrapper,
+    segments,
+    shrink_,
+    slot_products,
+    slots_of,
+)
 
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
 SLOTS, RANK, WIDTH, OUT = 3, 4, 6, 5
@@ -48,6 +57,56 @@ def test_shrink_and_expand_equal_a_loop_over_tokens(slots: list[int], scale: flo
     torch.testing.assert_close(found, by_token(y, x, a, b, scale, slots), rtol=1e-5, atol=1e-5)
     plain = [t for t, slot in enumerate(slots) if slot == PLAIN]
     assert torch.equal(found[plain], y[plain])
+
+
+class Slices(nn.Module):
+    """What a wrapped linear layer of two slices holds; slot 0 has full rank, slot 1 half in slice 0 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths = (OUT, 2)
+        self.lora_a_stacked: Any = tuple(stacked(i, RANK, WIDTH) for i in (1, 2))
+        self.lora_b_stacked: Any = (stacked(3, OUT, RANK), stacked(4, 2, RANK))
+        self.lora_a_stacked[0][1, :, RANK // 2 :] = 0
+        self.lora_a_stacked[1][1] = 0
+
+    def laid_out(self) -> "Slices":
+        """The same values in the layout of the CPU operators."""
+        before = (*self.lora_a_stacked, *self.lora_b_stacked)
+        lay_out(self)
+        for old, new in zip(before, (*self.lora_a_stacked, *self.lora_b_stacked), strict=True):
+            assert old.shape == new.shape
+            assert not new.any()
+            new.copy_(old)  # as vLLM's set_lora does, slot by slot
+        return self
+
+    def by_token(self, y: Tensor, x: Tensor, slots: list[int]) -> Tensor:
+        parts = zip(y.split(self.widths, dim=1), self.lora_a_stacked, self.lora_b_stacked)
+        return torch.cat([by_token(part, x, a, b, 1.0, slots) for part, a, b in parts], dim=1)
+
+
+@given(slot_maps, st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_module_of_slices_equals_a_loop_over_tokens(slots: list[int], laid_out: bool) -> None:
+    """Full and partial ranks, slices an adapter leaves alone, any mixture of segments, either memory layout."""
+    module = Slices().laid_out() if laid_out else Slices()
+    x, y = torch.randn(len(slots), WIDTH), torch.randn(len(slots), OUT + 2)
+    ours, found = wrapper(), y.clone()
+    ours.token_runs = segments(np.array(slots))
+    ours.add_lora_linear(found, x, module.lora_a_stacked, module.lora_b_stacked, 1.0, module.widths)
+    torch.testing.assert_close(found, module.by_token(y, x, slots), rtol=1e-5, atol=1e-5)
+    plain = [t for t, slot in enumerate(slots) if slot == PLAIN]
+    assert torch.equal(found[plain], y[plain])
+
+
+def test_slices_of_full_rank_share_one_shrink() -> None:
+    module = Slices().laid_out()
+    arguments = (module.lora_a_stacked, module.lora_b_stacked, ((0, OUT), (OUT, OUT + 2)))
+    [product] = slot_products(*arguments, 0, torch.float32)
+    assert product.A_IR.shape == (WIDTH, 2 * RANK)
+    [product] = slot_products(*arguments, 1, torch.float32)
+    assert product.A_IR.shape == (WIDTH, RANK // 2)
+    assert product.A_IR.data_ptr() == module.lora_a_stacked.beside[1].data_ptr()  # a view, no copy
 
 
 class Mapping:

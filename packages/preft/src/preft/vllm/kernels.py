@@ -5,20 +5,23 @@ tensor index, so in a mixed batch plain tokens get the adapter of the last slot.
 the number of requests, while a request resumed after preemption gives two segments (adapted, then plain).
 
 Here the step's token map becomes a list of segments (start, end, slot), plain tokens left out, and each is two small
-matrix products:
+matrix products, the second written straight into the rows and columns it belongs to:
 
-    buffer[start:end] = scale * x[start:end] A[slot]^T          (shrink, float32)
-    y[start:end]     += buffer[start:end] B[slot]^T             (expand, in y's type)
+    low             = x[start:end] A[slot]        (shrink; A of I x R, R the adapter's own rank, not the slots' size)
+    y[start:end, c] += low B[slot]                (expand; B of R x O, columns c of the slice)
 
-A slot whose A is zero in a module (the adapter does not touch that module) is skipped.
+Slices that share an input (q, k and v; gate and up) share one shrink where their A lie side by side
+(`preft.vllm.cpu_layers`). Where every segment is one token, as when all-token adapters decode, the segments are one
+batched product. A slot whose A is zero in a module (the adapter does not touch that module) is skipped.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -55,22 +58,118 @@ def slots_of(adapter_ids: tuple[Any, ...], slot_to_id: list[int | None]) -> Int[
     return np.array([id_to_slot[adapter] for adapter in unique.tolist()], dtype=np.int64)[inverse]
 
 
-def shrink_(y: Tensor, x: Tensor, a_stacked: Tensor, scale: float, runs: list[Segment]) -> None:
-    """y[rows] = scale * x[rows] A[slot]^T for every segment; y is K R in float32, A is slots 1 R in."""
+class Expand(NamedTuple):
+    """Columns [low, high) of the shrunk rows times B give the columns [start, end) of the output."""
+
+    low: int
+    high: int
+    start: int
+    end: int
+    B_RO: Float[Tensor, "R O"]
+
+
+class Product(NamedTuple):
+    """One shrink and the expands that read its result."""
+
+    A_IR: Float[Tensor, "I R"]
+    expands: tuple[Expand, ...]
+
+
+def slot_rank(a_stacked: Float[Tensor, "slots 1 R I"], slot: int) -> int:
+    """Rank of the adapter in a slot: its rows up to the last that is not zero; 0 where it leaves the module alone."""
+    rows = a_stacked[slot, 0].any(dim=1).nonzero()
+    return int(rows[-1]) + 1 if len(rows) else 0
+
+
+def slot_products(
+    a_stacked: Sequence[Tensor],
+    b_stacked: Sequence[Tensor],
+    ends: Sequence[tuple[int, int]],
+    slot: int,
+    dtype: torch.dtype,
+) -> tuple[Product, ...]:
+    """What a slot computes in a module of one or more slices; `ends` are the output columns of each slice.
+
+    All slices of full rank whose A lie side by side are one product.
+    """
+    ranks = [slot_rank(a, slot) for a in a_stacked]
+    b_all = [b.reshape(b.shape[0], *b.shape[-2:])[slot] for b in b_stacked]
+    beside = getattr(a_stacked, "beside", None)
+    if beside is not None and all(rank == a.shape[-2] for rank, a in zip(ranks, a_stacked)):
+        starts = [sum(ranks[:i]) for i in range(len(ranks))]
+        expands = tuple(
+            Expand(low, low + rank, *end, b[: end[1] - end[0]].T.to(dtype))
+            for low, rank, end, b in zip(starts, ranks, ends, b_all)
+        )
+        return (Product(beside[slot].to(dtype), expands),)
+    return tuple(
+        Product(
+            a[slot, 0, :rank].T.to(dtype),
+            (Expand(0, rank, *end, b[: end[1] - end[0], :rank].T.to(dtype)),),
+        )
+        for a, b, rank, end in zip(a_stacked, b_all, ranks, ends)
+        if rank
+    )
+
+
+def add_products_(
+    y_KO: Tensor, x_KI: Tensor, runs: Sequence[Segment], products: Sequence[tuple[Product, ...]]
+) -> None:
+    """y[rows] += x[rows] A B for every segment; `products` holds each segment's."""
+    for (start, end, _), mine in zip(runs, products):
+        x_kI, y_kO = x_KI[start:end], y_KO[start:end]
+        for A_IR, expands in mine:
+            low_kR = x_kI @ A_IR
+            for low, high, first, last, B_RO in expands:
+                y_kO[:, first:last].addmm_(low_kR[:, low:high], B_RO)
+
+
+def add_single_tokens_(
+    y_KO: Tensor,
+    x_KI: Tensor,
+    runs: Sequence[Segment],
+    a_stacked: Sequence[Tensor],
+    b_stacked: Sequence[Tensor],
+    ends: Sequence[tuple[int, int]],
+) -> None:
+    """`add_products_` where every segment is one token: two batched products a slice, at the slots' full rank."""
+    rows = [run.start for run in runs]
+    slots = [run.slot for run in runs]
+    x_K1I = pick(x_KI, rows)[:, None]
+    beside = getattr(a_stacked, "beside", None)
+    if beside is not None:
+        lows = torch.bmm(x_K1I, pick(beside, slots).to(x_KI.dtype)).chunk(len(a_stacked), dim=2)
+    else:
+        lows = tuple(torch.bmm(x_K1I, pick(a[:, 0].mT, slots).to(x_KI.dtype)) for a in a_stacked)
+    for low_K1R, b, (first, last) in zip(lows, b_stacked, ends):
+        B_KRO = pick(b.reshape(b.shape[0], *b.shape[-2:])[:, : last - first].mT, slots).to(x_KI.dtype)
+        delta_KO = torch.bmm(low_K1R, B_KRO)[:, 0]
+        y_KO[:, first:last].index_add_(0, torch.tensor(rows), delta_KO)
+
+
+def pick(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """x[rows]; a view where the rows are consecutive."""
+    first, last = rows[0], rows[-1] + 1
+    if list(rows) == list(range(first, last)):
+        return x[first:last]
+    return x.index_select(0, torch.tensor(rows))
+
+
+def shrink_(y: Tensor, x: Tensor, a_stacked: Tensor, scale: float, runs: Sequence[Segment]) -> None:
+    """y[rows] = scale * x[rows] A[slot]^T for every segment; y is K R in float32, A is slots 1 R I."""
     for start, end, slot in runs:
         torch.mm(x[start:end].to(y.dtype), a_stacked[slot, 0].to(y.dtype).T, out=y[start:end])
         if scale != 1.0:
             y[start:end] *= scale
 
 
-def expand_(y: Tensor, x: Tensor, b_stacked: Tensor, offset: int, runs: list[Segment], add: bool) -> None:
-    """y[rows, offset:offset + out] += x[rows] B[slot]^T for every segment (or =, without `add`); B is slots 1 out R."""
+def expand_(y: Tensor, x: Tensor, b_stacked: Tensor, offset: int, runs: Sequence[Segment], add: bool) -> None:
+    """y[rows, offset:offset + O] += x[rows] B[slot]^T for every segment (or =, without `add`); B is slots 1 O R."""
     weight = b_stacked.reshape(b_stacked.shape[0], *b_stacked.shape[-2:])
     width = min(weight.shape[1], y.shape[1] - offset)  # vLLM's lm_head may be padded differently from B
     for start, end, slot in runs:
         rows = y[start:end, offset : offset + width]
-        delta = x[start:end].to(y.dtype) @ weight[slot, :width].to(y.dtype).T
-        rows.add_(delta) if add else rows.copy_(delta)
+        rows.addmm_(x[start:end].to(y.dtype), weight[slot, :width].to(y.dtype).T, beta=1 if add else 0)
 
 
 @cache
@@ -85,6 +184,7 @@ def segmented_wrapper() -> type:
             super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
             self.token_runs: list[Segment] = []
             self.sampled_runs: list[Segment] = []
+            self._products: dict[tuple[int, int, torch.dtype], tuple[Product, ...]] = {}
             self._used: dict[tuple[int, int], bool] = {}
 
         def update_metadata(
@@ -106,8 +206,9 @@ def segmented_wrapper() -> type:
             buffer[: len(values)].copy_(torch.from_numpy(values))
 
         def slot_changed(self, slot: int) -> None:
-            """Forget which modules use a slot: another adapter was put there."""
+            """Forget what modules compute for a slot: another adapter was put there."""
             self._used = {key: used for key, used in self._used.items() if key[1] != slot}
+            self._products = {key: products for key, products in self._products.items() if key[1] != slot}
 
         def runs_using(self, stacked: Tensor, runs: list[Segment]) -> list[Segment]:
             """The segments whose slot is not all zero in a module's slot tensor."""
@@ -116,8 +217,28 @@ def segmented_wrapper() -> type:
         def _uses(self, stacked: Tensor, slot: int) -> bool:
             key = (stacked.data_ptr(), slot)
             if key not in self._used:
-                self._used[key] = bool(stacked[slot].any())
+                self._used[key] = slot_rank(stacked, slot) > 0
             return self._used[key]
+
+        def _add(
+            self, y: Tensor, x: Tensor, a_stacked: Any, b_stacked: Any, widths: Any, runs: list[Segment]
+        ) -> None:
+            """y += x A B on the rows of `runs`, slice after slice of `widths` columns."""
+            x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+            starts = [sum(widths[:i]) for i in range(len(widths))]
+            # vLLM's lm_head may be padded differently from B.
+            ends = [(start, min(start + width, y.shape[1])) for start, width in zip(starts, widths)]
+            if len(runs) > 1 and all(run.end == run.start + 1 for run in runs):
+                if any(self.runs_using(a, runs) for a in a_stacked):
+                    add_single_tokens_(y, x, runs, a_stacked, b_stacked, ends)
+                return
+            products = []
+            for run in runs:
+                key = (a_stacked[0].data_ptr(), run.slot, x.dtype)
+                if key not in self._products:
+                    self._products[key] = slot_products(a_stacked, b_stacked, ends, run.slot, x.dtype)
+                products.append(self._products[key])
+            add_products_(y, x, runs, products)
 
         def add_shrink(self, y: Any, x: Tensor, lora_a_stacked: Any, scale: float, **_: Any) -> None:
             x = x.reshape(-1, x.shape[-1])
@@ -148,21 +269,12 @@ def segmented_wrapper() -> type:
             lora_b_stacked: Any,
             scale: float,
             output_slices: tuple[int, ...],
-            *,
-            buffer: Any = None,
-            add_inputs: bool = True,
             **_: Any,
         ) -> None:
-            if not self.token_runs:
-                return
-            x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-            offset = 0
-            for i, (a_i, b_i, width) in enumerate(zip(lora_a_stacked, lora_b_stacked, output_slices)):
-                if runs := self.runs_using(a_i, self.token_runs):
-                    low_KR = buffer[i] if buffer is not None else x.new_empty(len(x), a_i.shape[-2]).float()
-                    shrink_(low_KR, x, a_i, scale, runs)
-                    expand_(y, low_KR, b_i, offset, runs, add_inputs)
-                offset += width
+            if self.token_runs:
+                if scale != 1.0:
+                    raise RuntimeError(f"vLLM folds the scale into B, but asked for {scale}")
+                self._add(y, x, lora_a_stacked, lora_b_stacked, output_slices, self.token_runs)
 
         def add_lora_embedding(
             self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **_: Any
@@ -177,19 +289,14 @@ def segmented_wrapper() -> type:
             lora_a_stacked: Tensor,
             lora_b_stacked: Tensor,
             scale: float,
-            *,
-            buffer: Tensor | None = None,
             **_: Any,
         ) -> None:
             runs = self.runs_using(lora_a_stacked, self.sampled_runs)
             if not runs:
                 return
-            x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-            if len(x) != len(self.sampler_indices):
+            if len(x.reshape(-1, x.shape[-1])) != len(self.sampler_indices):
                 raise RuntimeError("prompt_logprobs cannot be computed under an adapter of the lm_head")
-            low_SR = buffer if buffer is not None else x.new_empty(len(x), lora_a_stacked.shape[-2]).float()
-            shrink_(low_SR, x, lora_a_stacked, scale, runs)
-            expand_(y, low_SR, lora_b_stacked, 0, runs, add=True)
+            self._add(y, x, (lora_a_stacked,), (lora_b_stacked,), (lora_b_stacked.shape[-2],), runs)
 
     SegmentedPunicaWrapper.__module__ = __name__
     return SegmentedPunicaWrapper

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
+from preft.vllm.cpu_layers import prepare_layers
 from preft.vllm.identity import AdapterRegistry
 from preft.vllm.mapping import NO_ADAPTER, Kind, StepMap, map_step
 from preft.vllm.precision import check_precision
@@ -143,7 +144,9 @@ def get_activate_loras_v2(_: Callable[..., set[Any]]) -> Callable[..., set[Any]]
 
 
 def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`LoRAModelRunnerMixin.load_lora_model`: add the residual sites first, and give V2's LoraState its positions.
+    """`LoRAModelRunnerMixin.load_lora_model`: add the residual sites first, then give V2's LoraState its positions.
+
+    On a CPU the wrapped layers are prepared for its operators.
 
     AdapterError where the device's operators cannot work in the engine's types.
     """
@@ -154,7 +157,10 @@ def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
         add_sites(model, lora_config.lora_dtype, device, lora_config.target_modules)
         if hasattr(runner, "lora_state"):
             runner.lora_state.request_states = runner.req_states
-        return original(runner, model, vllm_config, device)
+        model = original(runner, model, vllm_config, device)
+        if device.type == "cpu":
+            prepare_layers(model)
+        return model
 
     return load_with_sites
 
