@@ -77,9 +77,8 @@ def _kernels() -> tuple[Any, Any]:
                 inside = (m < rows)[:, None] & (column < width)[None, :]
                 x_MK = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0)
                 if HAS_RESIDUAL:
-                    x_MK += tl.load(
-                        residual + row[:, None] * residual_row + column[None, :], mask=inside, other=0.0
-                    )
+                    cells = residual + row[:, None] * residual_row + column[None, :]
+                    x_MK = x_MK.to(tl.float32) + tl.load(cells, mask=inside, other=0.0).to(tl.float32)
                 a_KR = tl.load(
                     a_block + column[:, None] * a_column,
                     mask=(column < width)[:, None] & (r < rank)[None, :],
@@ -87,9 +86,8 @@ def _kernels() -> tuple[Any, Any]:
                 )
                 total += tl.dot(x_MK.to(DOT), a_KR.to(DOT), input_precision="ieee")
             if HAS_BIAS:
-                total += tl.load(a_block + width * a_column, mask=(r < rank)[None, :], other=0.0).to(
-                    tl.float32
-                )
+                bias_1R = tl.load(a_block + width * a_column, mask=(r < rank)[None, :], other=0.0)
+                total += bias_1R.to(tl.float32)
             inside = (m < rows)[:, None] & (r < rank)[None, :]
             tl.store(low + row[:, None] * low_row + r[None, :], total * scale, mask=inside)
 
@@ -190,7 +188,7 @@ def edit_(
 
 
 def _dot_type(dtype: torch.dtype) -> Any:
-    """Type of a dot's operands: the tensors'; Triton's interpreter, which multiplies bfloat16 as integers, widens it."""
+    """Type of a dot's operands: the tensors' own, but for bfloat16 in the interpreter, which multiplies its bits."""
     import triton
     import triton.language as tl
 
