@@ -65,14 +65,18 @@ def save_adapter(
     folder = Path(folder)
     with atomic_path(folder) as partial:
         partial.mkdir()
-        tensors = {
-            name: tensor.detach().float().cpu().contiguous()
-            for path, delta in adapter.parts()
-            for name, tensor in _named(path, adapter.config, delta.factors())
-        }
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(adapter_tensors(adapter), partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, peft_config(adapter, base_model, fingerprint))
     return folder
+
+
+def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors of adapter_model.safetensors by name, in float32 on the CPU."""
+    return {
+        name: tensor.detach().float().cpu().contiguous()
+        for path, delta in adapter.parts()
+        for name, tensor in _named(path, adapter.config, delta.factors())
+    }
 
 
 def peft_config(adapter: Adapter, base_model: str, fingerprint: str | None) -> dict[str, Any]:
@@ -225,6 +229,7 @@ def merged_state(adapter: Adapter, hf: nn.Module) -> dict[str, Tensor]:
 __all__ = [
     "FORMAT_VERSION",
     "SavedAdapter",
+    "adapter_tensors",
     "load_adapter",
     "merged_state",
     "peft_config",

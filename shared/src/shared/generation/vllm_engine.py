@@ -66,6 +66,13 @@ class VLLMGenerator(EngineBase):
             raise UserError("this VLLMGenerator is closed: build a new one")
         return self._llm
 
+    def use_adapter(self, name: str, lora_request: "LoRARequest") -> None:
+        """From now on requests that name this adapter carry `lora_request`, as for one loaded into a running engine.
+
+        The engine must have been started for adapters (`enable_lora=True`, which `adapters` implies).
+        """
+        self._loras[name] = lora_request
+
     def _complete(self, draws: list[Draw], sampling: Sampling) -> list[Completion]:
         llm = self.llm
         loras: Any = [self._lora(draw.request.adapter) for draw in draws]

@@ -10,6 +10,10 @@ A folder without the phase key is an ordinary adapter: it acts on all tokens.
 An adapter of several parts (`preft.compose`) has other weights for other kinds of token (`preft.vllm.mapping.Kind`).
 Each part is an adapter folder, and to the engine an adapter with an id of its own, which follows from the part's
 content: scheduler and workers agree on it without a word, and requests that share a part share its slot.
+
+An adapter pushed from memory (`preft.vllm.memory`) has no folder. Its path says what the files of a folder would:
+
+    memory:policy@2?phase=prefill&method=lora&history=recompute&digest=0123456789abcdef
 """
 
 import hashlib
@@ -18,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import parse_qsl, quote, urlencode
 
 from preft.vllm.mapping import KINDS, Kind
 from preft.vllm.residual import SITE
@@ -28,6 +33,7 @@ CONFIG_FILE = "adapter_config.json"
 PHASE_SECTION = "preft"  # key of the section that this project adds to peft's adapter_config.json
 COMPOSITION = "composition"  # method of what preft.parts writes
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+MEMORY = "memory:"
 
 Choice = TypeVar("Choice", Phase, History)
 Stamp = tuple[
@@ -77,11 +83,17 @@ def read_identity(folder: Path) -> AdapterIdentity:
     stamp = folder_stamp(folder)
     raw = json.loads(config_path.read_text(encoding="utf-8"))
     section = raw.get(PHASE_SECTION, {})
-    phase = _choice(Phase, section.get("phase", Phase.ALL), "phase", config_path)
-    history = _choice(History, section.get("history") or History.RECOMPUTE, "history", config_path)
-    check_history(history, phase, config_path)
+    phase = checked_phase(section, config_path)
     parts = _read_parts(folder, section["parts"], config_path) if "parts" in section else None
     return AdapterIdentity(phase, _method(raw, section), _digest(folder), stamp, parts)
+
+
+def checked_phase(section: Mapping[str, Any], where: Path | str) -> Phase:
+    """The phase that a section of this project names; ValueError if that or the history cannot be served."""
+    phase = _choice(Phase, section.get("phase", Phase.ALL), "phase", where)
+    history = _choice(History, section.get("history") or History.RECOMPUTE, "history", where)
+    check_history(history, phase, where)
+    return phase
 
 
 def _method(raw: Mapping[str, Any], section: Mapping[str, Any]) -> str:
@@ -104,6 +116,25 @@ def _read_parts(folder: Path, entries: Sequence[Mapping[str, Any]], where: Path)
     return tuple(by_kind)
 
 
+def memory_path(name: str, section: Mapping[str, Any], digest: str) -> str:
+    """The path of an adapter that is no folder: all that `memory_identity` reads back from it."""
+    kept = {key: section[key] for key in ("phase", "method", "history") if section.get(key)}
+    return f"{MEMORY}{quote(name, safe='@')}?{urlencode(kept | {'digest': digest})}"
+
+
+def is_memory_path(path: str) -> bool:
+    """Whether a `LoRARequest`'s path names an adapter pushed from memory."""
+    return path.startswith(MEMORY)
+
+
+def memory_identity(path: str) -> AdapterIdentity:
+    """Phase, method and digest as the path of a pushed adapter says them; ValueError where it cannot be served."""
+    section = dict(parse_qsl(path.partition("?")[2]))
+    if "digest" not in section:
+        raise ValueError(f"{path} is no adapter in memory; push one with preft.vllm.memory.push")
+    return AdapterIdentity(checked_phase(section, path), section.get("method", "lora"), section["digest"], ())
+
+
 def check_history(history: History, phase: Phase, where: Path | str) -> None:
     """ValueError where serving would count earlier answers as something else than training did.
 
@@ -117,7 +148,7 @@ def check_history(history: History, phase: Phase, where: Path | str) -> None:
         )
 
 
-def _choice(kind: type[Choice], value: Any, key: str, where: Path) -> Choice:
+def _choice(kind: type[Choice], value: Any, key: str, where: Path | str) -> Choice:
     known = [choice.value for choice in kind]
     if value not in known:
         raise ValueError(f"{where}: {key} {value!r} is not one of {', '.join(known)}")
@@ -161,7 +192,7 @@ class AdapterRegistry:
         known = self._known.get(_key(lora_request))
         if known is None or lora_request.load_inplace:
             return self.refresh(lora_request)
-        if folder_stamp(_folder(lora_request)) != known.stamp:
+        if known.stamp and folder_stamp(_folder(lora_request)) != known.stamp:
             raise ValueError(
                 f"the files of adapter {lora_request.lora_name!r} in {lora_request.lora_path} changed after they were "
                 f"loaded as id {lora_request.lora_int_id}; load it anew (load_inplace=True) or use another id"
@@ -187,8 +218,9 @@ class AdapterRegistry:
         return self._parts[part.digest]
 
     def refresh(self, lora_request: Any) -> AdapterIdentity:
-        """Read the folder again."""
-        identity = read_identity(_folder(lora_request))
+        """Read the folder, or the path of an adapter in memory, again."""
+        path = lora_request.lora_path
+        identity = memory_identity(path) if is_memory_path(path) else read_identity(_folder(lora_request))
         self._known[_key(lora_request)] = identity
         return identity
 
@@ -201,6 +233,9 @@ class AdapterRegistry:
     def forget(self, lora_int_id: int) -> None:
         """Drop what is known of an id, under every path."""
         self._known = {key: value for key, value in self._known.items() if key[0] != lora_int_id}
+
+
+worker_adapters = AdapterRegistry()  # of the process that runs the model
 
 
 def _key(lora_request: Any) -> tuple[int, str]:

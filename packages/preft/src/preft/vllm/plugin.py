@@ -13,10 +13,19 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from preft.vllm import runner, scheduling
+from preft.vllm import memory_worker, runner, scheduling
 
 MARK = "_innerworks_original"
 WRITTEN_FOR = "0.32"
+
+
+class Called(NamedTuple):
+    """One method to call: where it is and the parameters it must have."""
+
+    module: str
+    owner: str
+    name: str
+    parameters: tuple[str, ...]
 
 
 class Patch(NamedTuple):
@@ -158,6 +167,27 @@ HASH_KEYS = Patch(
     ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
     scheduling.with_block_keys,
 )
+# Called, not wrapped: pushing adapters from memory goes through these.
+CALLED = (
+    Called(
+        "vllm.lora.lora_model",
+        "LoRAModel",
+        "from_lora_tensors",
+        (
+            "lora_model_id",
+            "tensors",
+            "peft_helper",
+            "device",
+            "dtype",
+            "model_vocab_size",
+            "weights_mapper",
+            "skip_prefixes",
+        ),
+    ),
+    Called("vllm.lora.peft_helper", "PEFTHelper", "from_dict", ("config_dict",)),
+    Called("vllm.lora.peft_helper", "PEFTHelper", "validate_legal", ("self", "lora_config")),
+    Called("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager", "add_adapter", ("self", "lora_request")),
+)
 CPU_OPERATORS = "preft.vllm.kernels.SegmentedPunicaWrapper"
 
 
@@ -176,14 +206,15 @@ def register() -> None:
         _replace(_owner(patch), patch)
     _replace_hash_keys()
     _use_cpu_operators()
+    _add_worker_methods()
     by_need = property(scheduling.get_lora_request, scheduling.set_lora_request)
     setattr(Request, "lora_request", by_need)  # noqa: B010 - mypy sees a plain attribute
 
 
 def moved_ground() -> list[str]:
-    """The patched functions whose signature is not the expected one, each with what was found."""
+    """The functions used here whose signature is not the expected one, each with what was found."""
     moved = []
-    for patch in (*PATCHES, HASH_KEYS):
+    for patch in (*PATCHES, HASH_KEYS, *CALLED):
         function = getattr(_owner(patch), patch.name, None) or _missing
         original = inspect.unwrap(getattr(function, MARK, function))
         found = tuple(inspect.signature(original).parameters)
@@ -198,7 +229,7 @@ def _missing() -> None:
     """Stands for a function that is gone."""
 
 
-def _owner(patch: Patch) -> Any:
+def _owner(patch: Patch | Called) -> Any:
     module = importlib.import_module(patch.module)
     return getattr(module, patch.owner) if patch.owner else module
 
@@ -224,6 +255,14 @@ def _replace_hash_keys() -> None:
     for module in list(sys.modules.values()):
         if module is not None and module.__dict__.get(HASH_KEYS.name) is original:
             setattr(module, HASH_KEYS.name, replacement)
+
+
+def _add_worker_methods() -> None:
+    """`collective_rpc` calls the workers' methods by name."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, memory_worker.HOLD, memory_worker.hold_adapter)
+    setattr(WorkerBase, memory_worker.DROP, memory_worker.drop_adapter)
 
 
 def _use_cpu_operators() -> None:

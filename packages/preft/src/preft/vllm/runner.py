@@ -11,12 +11,11 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from preft.vllm.cpu_layers import prepare_layers
-from preft.vllm.identity import AdapterRegistry
+from preft.vllm.identity import is_memory_path, worker_adapters
 from preft.vllm.mapping import NO_ADAPTER, Kind, StepMap, map_step
+from preft.vllm.memory_worker import load_held
 from preft.vllm.precision import check_precision
 from preft.vllm.residual import SITE, add_sites
-
-worker_adapters = AdapterRegistry()  # of the process that runs the model
 
 LoraInputs = tuple[
     tuple[Any, ...], tuple[Any, ...], set[Any]
@@ -166,7 +165,10 @@ def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`WorkerLoRAManager._load_adapter`: read the phase with the weights; refuse an edit the model has no site for."""
+    """`WorkerLoRAManager._load_adapter`: read the phase with the weights, from the disk or from memory.
+
+    ValueError for an edit the model has no site for.
+    """
 
     def _load_adapter(manager: Any, lora_request: Any) -> Any:
         identity = worker_adapters.refresh(lora_request)
@@ -176,6 +178,8 @@ def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"served for {type(manager._adapter_manager.model).__name__}: its decoder layers are of an unknown "
                 f"kind, or lora_target_modules leaves out {SITE!r}"
             )
+        if is_memory_path(lora_request.lora_path):
+            return load_held(manager, lora_request)
         return original(manager, lora_request)
 
     return _load_adapter

@@ -28,6 +28,7 @@ from typing import Any
 
 from preft.vllm.identity import AdapterIdentity, AdapterRegistry
 from preft.vllm.mapping import ENDLESS, Kind, stretches
+from preft.vllm.memory import check_pushed
 
 # One a process: the front one refuses bad requests with it, the scheduler keys blocks by it.
 adapter_registry = AdapterRegistry()
@@ -155,6 +156,7 @@ def validating(original: Callable[..., None]) -> Callable[..., None]:
     def _validate_lora(processor: Any, lora_request: Any) -> None:
         original(processor, lora_request)
         if lora_request is not None:
+            check_pushed(processor, lora_request)
             adapter_registry.resolve(lora_request)
 
     return _validate_lora
