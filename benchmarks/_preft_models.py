@@ -67,7 +67,9 @@ def adapter_folders(model: Path, kind: str, rank: int, count: int, phase: Phase)
     if missing:
         hf = skeleton(model)
         for i in missing:
-            save_adapter(_random_adapter(hf, kind, rank, seed=i), root / Phase.PREFILL / str(i))
+            # Not strict: stock vLLM must be able to read the twin that acts on all tokens.
+            adapter = _random_adapter(hf, kind, rank, seed=i)
+            save_adapter(adapter, root / Phase.PREFILL / str(i), strict=False)
     if phase is not Phase.PREFILL:
         for i in range(count):
             _twin(root / Phase.PREFILL / str(i), root / phase / str(i), phase)
@@ -97,9 +99,9 @@ def _random_adapter(hf: Any, kind: str, rank: int, seed: int) -> Adapter:
 
 
 def _delta(hf: Any, path: str, config: AdapterConfig, generator: torch.Generator) -> Delta:
-    if config.method == "lora":
-        return LoRADelta(*features(hf.get_submodule(path)), config, generator)
-    return ReFTDelta(hf.config.hidden_size, config, generator)
+    if config.is_lora:
+        return LoRADelta(*features(hf.get_submodule(path)), config.rank, config.scale, generator)
+    return ReFTDelta(hf.config.hidden_size, config.rank, config.method, generator)
 
 
 def _twin(folder: Path, twin: Path, phase: Phase) -> None:

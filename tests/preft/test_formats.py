@@ -1,6 +1,7 @@
 """Adapter files: round trips, peft on both sides, and refusals that name what is wrong."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from preft_cases import CONFIGS, prompt, stir
 from safetensors.torch import load_file, save_file
 
 from preft.adapters import Adapter, AdapterConfig, AdapterError
-from preft.formats import load_adapter, merged_state, read_adapter, save_adapter
+from preft.formats import WEIGHTS_FILE, load_adapter, merged_state, read_adapter, save_adapter
 from preft.forward import masked_logits
+from preft.vllm.identity import read_identity
 from shared.models import Model
-from shared.tokens import pad
+from shared.tokens import Phase, pad
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -35,38 +37,116 @@ def test_round_trip(model: Model, adapters: dict[str, Adapter], folders: dict[st
         assert torch.equal(found, expected)
 
 
-def test_peft_loads_an_all_token_adapter(
-    model: Model, adapters: dict[str, Adapter], folders: dict[str, Path]
-) -> None:
+PATTERNS: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj", "down_proj"]},
+    {"target_modules": ["q_proj", "mlp.up_proj"], "use_rslora": True, "layers_to_transform": [0, 2]},
+    {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {r"layers\.1\..*": 7},
+        "alpha_pattern": {"v_proj": 3.0},
+    },
+    {"target_modules": r".*\.[02]\.(self_attn|mlp)\.(q|gate|up)_proj", "rank_pattern": {"q_proj": 2}},
+    {
+        "target_modules": "all-linear",
+        "alpha_pattern": {"self_attn.k_proj": 1.0, r".*2\.mlp.*": 9.0},
+        "use_rslora": True,
+    },
+]
+
+
+def copy_of(model: Model) -> Any:
+    copy = type(model.hf)(model.hf.config).eval()
+    copy.load_state_dict(model.hf.state_dict())
+    return copy
+
+
+@pytest.mark.parametrize("settings", PATTERNS, ids=range(len(PATTERNS)))
+def test_peft_loads_an_all_token_adapter(model: Model, tmp_path: Path, settings: dict[str, Any]) -> None:
     from peft import PeftModel
 
+    targets = settings["target_modules"]
+    ours: dict[str, Any] = {"target_modules": tuple(targets) if isinstance(targets, list) else targets}
+    ours |= {name: settings[name] for name in ("rank_pattern", "alpha_pattern") if name in settings}
+    layers = tuple(settings["layers_to_transform"]) if "layers_to_transform" in settings else None
+    rslora = settings.get("use_rslora", False)
+    config = AdapterConfig(rank=4, alpha=6.0, phase=Phase.ALL, rslora=rslora, layers=layers, **ours)
+    adapter = stir(Adapter.create(model.hf, config), 1)
+    folder = save_adapter(adapter, tmp_path / "adapter")
     batch = pad([prompt(20)], [12], 0)
-    expected = masked_logits(model.hf, adapters["lora_all"], batch)
-    copy = type(model.hf)(model.hf.config).eval()
-    copy.load_state_dict(model.hf.state_dict())
     with pytest.warns(UserWarning, match="Unexpected keyword arguments"):  # peft's word on the phase section
-        peft_model = PeftModel.from_pretrained(copy, str(folders["lora_all"]))
+        peft_model = PeftModel.from_pretrained(copy_of(model), str(folder))
     found = peft_model(input_ids=batch.input_ids_BT).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, masked_logits(model.hf, adapter, batch), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, masked_logits(model.hf, None, batch), atol=1e-2)
 
 
-def test_an_adapter_of_peft_acts_on_all_tokens(model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", PATTERNS, ids=range(len(PATTERNS)))
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_of_peft_acts_on_all_tokens(
+    model: Model, tmp_path: Path, settings: dict[str, Any], file: str
+) -> None:
     from peft import LoraConfig, get_peft_model
 
-    copy = type(model.hf)(model.hf.config).eval()
-    copy.load_state_dict(model.hf.state_dict())
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    peft_model = get_peft_model(copy, config)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.5, init_lora_weights=False, **settings)
+    peft_model = get_peft_model(copy_of(model), config).eval()
     peft_model.save_pretrained(tmp_path)
+    if file.endswith(".bin"):  # as older releases of peft wrote it
+        torch.save(load_file(tmp_path / WEIGHTS_FILE), tmp_path / file)
+        (tmp_path / WEIGHTS_FILE).unlink()
     loaded = load_adapter(tmp_path, model.hf)
     assert loaded.config.phase == "all"
     batch = pad([prompt(20)], [12], 0)
     expected = peft_model(input_ids=batch.input_ids_BT).logits
     torch.testing.assert_close(masked_logits(model.hf, loaded, batch), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, masked_logits(model.hf, None, batch), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "lora_all"])
+def test_peft_refuses_what_is_not_an_ordinary_lora(model: Model, folders: dict[str, Path], name: str) -> None:
+    from peft import PeftConfig, PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for load in (
+            PeftConfig.from_pretrained,
+            lambda path: PeftModel.from_pretrained(copy_of(model), path),
+        ):
+            with pytest.raises(KeyError, match="PREFT"):
+                load(str(folders[name]))
+
+
+def test_a_folder_of_format_1_still_loads(
+    model: Model, adapters: dict[str, Adapter], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Format 1 wrote every adapter under peft's names and type; `strict=False` still does."""
+    batch = pad([prompt(20)], [12], 0)
+    for name in ("lora_p_3", "reft_p_0"):
+        folder = save_adapter(adapters[name], tmp_path / name, strict=False)
+        names = set(load_file(folder / WEIGHTS_FILE))
+        assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+        content = json.loads((folder / "adapter_config.json").read_text())
+        assert content["peft_type"] == "LORA"
+        content["preft"] = {"format_version": 1} | {
+            key: value for key, value in content["preft"].items() if key in ("method", "phase", "history")
+        }
+        old = {key: value for key, value in content.items() if not key.endswith("_pattern")}
+        (folder / "adapter_config.json").write_text(json.dumps(old))
+        found = masked_logits(model.hf, load_adapter(folder, model.hf), batch)
+        assert torch.equal(found, masked_logits(model.hf, adapters[name], batch))
+        assert read_adapter(folder).format_version == 1
+        assert names.isdisjoint(load_file(folders[name] / WEIGHTS_FILE))
+
+
+def test_half_precision_files_load(model: Model, adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    folder = save_adapter(adapters["lora_p_0"], tmp_path / "a", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(folder / WEIGHTS_FILE).values()} == {torch.bfloat16}
+    for ours, theirs in zip(load_adapter(folder, model.hf).parameters(), adapters["lora_p_0"].parameters()):
+        assert torch.equal(ours, theirs.bfloat16().float())
 
 
 def test_merging(model: Model, adapters: dict[str, Adapter]) -> None:
-    copy = type(model.hf)(model.hf.config).eval()
+    copy = copy_of(model)
     copy.load_state_dict(model.hf.state_dict() | merged_state(adapters["lora_all"], model.hf))
     batch = pad([prompt(20)], [12], 0)
     expected = masked_logits(model.hf, adapters["lora_all"], batch)
@@ -79,17 +159,21 @@ def test_merging(model: Model, adapters: dict[str, Adapter]) -> None:
 
 Change = Callable[[dict[str, torch.Tensor]], Any]
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+FIRST_STRICT = FIRST.replace("lora_A", "preft_A")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop(FIRST), f"{FIRST} is missing"),
+        (lambda tensors: tensors.pop(FIRST_STRICT), f"{FIRST} is missing"),
         (
             lambda tensors: tensors.update({"extra.lora_A.weight": torch.ones(1)}),
             "extra.lora_A.weight is not in",
         ),
-        (lambda tensors: tensors.update({FIRST: torch.ones(2, 3)}), rf"{FIRST} has shape \(2, 3\), expected"),
+        (
+            lambda tensors: tensors.update({FIRST_STRICT: torch.ones(2, 3)}),
+            rf"{FIRST} has shape \(2, 3\), expected",
+        ),
     ],
     ids=["missing", "extra", "misshapen"],
 )
@@ -125,7 +209,10 @@ def test_unknown_configurations_are_refused(adapters: dict[str, Adapter], tmp_pa
         ({"init_lora_weights": "pissa_niter_16"}, "uses init_lora_weights='pissa_niter_16'"),
         ({"init_lora_weights": "olora"}, "uses init_lora_weights='olora'"),
         ({"peft_type": "IA3"}, "peft_type must be LORA"),
-        ({"target_modules": ".*proj"}, "a pattern is not supported"),
+        ({"target_modules": []}, "names no module"),
+        ({"exclude_modules": ["q_proj"]}, "uses exclude_modules"),
+        ({"rank_pattern": {"q_proj": -1}}, "at least 1 and whole, not -1"),
+        ({"r": 0}, "at least 1 and whole, not 0"),
         ({"preft": {"format_version": 9}}, "is of format 9"),
     ]:
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
@@ -148,3 +235,32 @@ def test_loading_leaves_a_loaded_adapter_trainable_from_where_it_was(model: Mode
     again = save_adapter(load_adapter(folder, model.hf), tmp_path / "b")
     first, second = (load_file(path / "adapter_model.safetensors") for path in (folder, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_files_that_are_not_what_they_should_be_are_refused(
+    model: Model, adapters: dict[str, Adapter], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = save_adapter(adapters["lora_p_0"], tmp_path / "adapter")
+    weights, config = folder / WEIGHTS_FILE, folder / "adapter_config.json"
+    tensors = load_file(weights)
+    save_file(tensors | {FIRST: tensors[FIRST_STRICT].clone()}, weights)
+    with pytest.raises(AdapterError, match="holds a tensor under both of its names"):
+        load_adapter(folder, model.hf)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(AdapterError, match="damaged, or holds more than tensors"):
+        load_adapter(folder, model.hf)
+    weights.unlink()
+    with pytest.raises(AdapterError, match="has no adapter_model.safetensors"):
+        load_adapter(folder, model.hf)
+    torch.save({"weights": adapters["lora_p_0"]}, folder / "adapter_model.bin")  # pickled code
+    with pytest.raises(AdapterError, match="damaged, or holds more than tensors"):
+        load_adapter(folder, model.hf)
+    stripped = {key: value for key, value in json.loads(config.read_text()).items() if key != "preft"}
+    config.write_text(json.dumps(stripped))
+    with pytest.raises(AdapterError, match="has lost its section"):
+        read_adapter(folder)
+    with pytest.raises(ValueError, match="has lost its section"):
+        read_identity(folder)
+    config.write_text("{")
+    with pytest.raises(AdapterError, match="is no JSON"):
+        read_adapter(folder)

@@ -54,7 +54,7 @@ def tiny_config(family: str, tokenizer: Any) -> Any:
         "tie_word_embeddings": False,
     }
     # Families whose heads always fill the width.
-    if family in ("gpt_neox", "gpt2", "olmo2", "phi3"):
+    if family in ("gpt_neox", "gpt2", "olmo2", "phi3", "qwen2"):
         sizes["hidden_size"] = _HEADS * _HEAD_DIM
         del sizes["head_dim"]
     if family in ("gpt_neox", "gpt2"):

@@ -1,10 +1,11 @@
-"""LoRA, DiReFT and LoReFT acting on the tokens of one phase (PreFT, digest section 1.1 and 1.4).
+"""LoRA and ReFT acting on the tokens of one phase (PreFT, digest section 1.1 and 1.4).
 
 With m_t = 1 on the tokens of the adapter's phase (`shared.tokens.phase_mask`) and 0 elsewhere, tokens as rows:
 
-    LoRA     y_t  = W0 x_t + m_t s B (A x_t)          at linear layers, s = alpha / r (rsLoRA: alpha / sqrt(r))
-    DiReFT   h'_t = h_t + m_t R^T (W h_t + b)         at the output of a block, rows of R orthonormal
-    LoReFT   h'_t = h_t + m_t R^T (W h_t + b - R h_t)   same
+    LoRA      y_t  = W0 x_t + m_t s B (A x_t)          at linear layers, s = alpha / r (rsLoRA: alpha / sqrt(r))
+    DiReFT    h'_t = h_t + m_t R^T (W h_t + b)         at the output of a block, rows of R orthonormal
+    LoReFT    h'_t = h_t + m_t R^T (W h_t + b - R h_t)   same
+    NoDiReFT, NoReFT: as DiReFT, LoReFT with R unconstrained
 
 A fresh adapter changes nothing, bit for bit: B = 0; W = 0 and b = 0; W = R and b = 0. R stays orthonormal by a QR
 retraction after every optimiser step (`Adapter.retract_`), so that what is saved is what was trained.
@@ -18,62 +19,20 @@ Letters: B batch, T token, D width, I and O in- and out-features of a linear lay
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from preft.adapter_config import AdapterConfig, AdapterError, Method
+from preft.targets import target_paths
 from shared.architecture import Architecture, features
-from shared.errors import UserError
 from shared.history import History
 from shared.tokens import Phase
 
-Method = Literal["lora", "direft", "loreft"]
-
-
-class AdapterError(UserError):
-    """An adapter that does not fit the model, its file or the request; the message says why."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What an adapter is: method, rank, tokens and places.
-
-    `alpha` (LoRA; None means 2 * rank) and `rslora` set the scale. `target_modules` (LoRA) are the last components of
-    module names, None for every linear layer inside the blocks; `layers` are block numbers, None for all. `history`
-    says what earlier assistant turns count as, in training and in serving.
-    """
-
-    method: Method = "lora"
-    rank: int = 8
-    phase: Phase = Phase.PREFILL
-    alpha: float | None = None
-    rslora: bool = False
-    target_modules: tuple[str, ...] | None = None
-    layers: tuple[int, ...] | None = None
-    history: History = History.RECOMPUTE
-
-    def __post_init__(self) -> None:
-        if self.method not in ("lora", "direft", "loreft"):
-            raise AdapterError(f"method must be lora, direft or loreft, not {self.method!r}")
-        if self.rank < 1:
-            raise AdapterError(f"rank must be at least 1, not {self.rank}")
-        if self.method != "lora" and (
-            self.alpha is not None or self.rslora or self.target_modules is not None
-        ):
-            raise AdapterError(
-                f"alpha, rslora and target_modules belong to lora; {self.method} has none of them"
-            )
-
-    @property
-    def scale(self) -> float:
-        """Factor s of the update; 1 for ReFT."""
-        if self.method != "lora":
-            return 1.0
-        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+ORTHONORMAL = ("direft", "loreft")  # methods whose R has orthonormal rows
+SUBTRACTING = ("loreft", "noreft")  # methods that take R h away
 
 
 class Factors(NamedTuple):
@@ -86,12 +45,14 @@ class Factors(NamedTuple):
 class LoRADelta(nn.Module):
     """s B (A x), with A uniform as in a linear layer and B = 0."""
 
-    def __init__(self, inputs: int, outputs: int, config: AdapterConfig, generator: torch.Generator) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, rank: int, scale: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
-        self.scale = config.scale
+        self.scale = scale
         bound = 1 / math.sqrt(inputs)
-        self.A_RI = nn.Parameter((torch.rand(config.rank, inputs, generator=generator) * 2 - 1) * bound)
-        self.B_OR = nn.Parameter(torch.zeros(outputs, config.rank))
+        self.A_RI = nn.Parameter((torch.rand(rank, inputs, generator=generator) * 2 - 1) * bound)
+        self.B_OR = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         return (x @ self.A_RI.T) @ self.B_OR.T * self.scale
@@ -108,17 +69,20 @@ class LoRADelta(nn.Module):
 
 
 class ReFTDelta(nn.Module):
-    """R^T (W h + b), for LoReFT minus R^T R h; R random orthonormal, W = 0 (LoReFT: W = R), b = 0."""
+    """R^T (W h + b), minus R^T R h where the method subtracts; fresh: W = 0 (subtracting: W = R), b = 0.
 
-    def __init__(self, width: int, config: AdapterConfig, generator: torch.Generator) -> None:
+    R starts with random orthonormal rows; `retract_` keeps them so where the method asks for it.
+    """
+
+    def __init__(self, width: int, rank: int, method: Method, generator: torch.Generator) -> None:
         super().__init__()
-        self.subtracts = config.method == "loreft"
-        if config.rank > width:
-            raise AdapterError(f"{config.method} of rank {config.rank} does not fit a width of {width}")
-        self.R_RD = nn.Parameter(orthonormal_rows(torch.randn(config.rank, width, generator=generator)))
-        start_RD = self.R_RD.detach().clone() if self.subtracts else torch.zeros(config.rank, width)
+        self.subtracts, self.orthonormal = method in SUBTRACTING, method in ORTHONORMAL
+        if rank > width:
+            raise AdapterError(f"{method} of rank {rank} does not fit a width of {width}")
+        self.R_RD = nn.Parameter(orthonormal_rows(torch.randn(rank, width, generator=generator)))
+        start_RD = self.R_RD.detach().clone() if self.subtracts else torch.zeros(rank, width)
         self.W_RD = nn.Parameter(start_RD)
-        self.b_R = nn.Parameter(torch.zeros(config.rank))
+        self.b_R = nn.Parameter(torch.zeros(rank))
 
     @property
     def inner_RD(self) -> Float[Tensor, "R D"]:
@@ -136,8 +100,9 @@ class ReFTDelta(nn.Module):
         self.b_R.copy_(factors.A[:, -1])
 
     def retract_(self) -> None:
-        """Make the rows of R orthonormal again."""
-        self.R_RD.copy_(orthonormal_rows(self.R_RD))
+        """Make the rows of R orthonormal again, where the method asks for it."""
+        if self.orthonormal:
+            self.R_RD.copy_(orthonormal_rows(self.R_RD))
 
 
 Delta = LoRADelta | ReFTDelta
@@ -164,13 +129,15 @@ class Adapter(nn.Module):
     def create(cls, hf: nn.Module, config: AdapterConfig, seed: int = 0) -> "Adapter":
         """A fresh adapter for a Hugging Face model, on its device, in float32; changes nothing until it is trained."""
         generator = torch.Generator().manual_seed(seed)
-        modules = {path: hf.get_submodule(path) for path in target_paths(hf, config)}
+        width = Architecture(hf).width
         deltas: dict[str, Delta] = {}
-        for path, module in modules.items():
-            if config.method == "lora":
-                deltas[path] = LoRADelta(*features(module), config, generator)
+        for path in target_paths(hf, config):
+            rank = config.rank_of(path)
+            if config.is_lora:
+                sizes = features(hf.get_submodule(path))
+                deltas[path] = LoRADelta(*sizes, rank, config.scale_of(path), generator)
             else:
-                deltas[path] = ReFTDelta(Architecture(hf).width, config, generator)
+                deltas[path] = ReFTDelta(width, rank, config.method, generator)
         return cls(config, deltas).to(next(hf.parameters()).device)
 
     def parts(self) -> Iterator[tuple[str, Any]]:
@@ -245,39 +212,6 @@ def _hook(updates: list[_Update]) -> Any:
     return hook
 
 
-def target_paths(hf: nn.Module, config: AdapterConfig) -> list[str]:
-    """Paths of the modules an adapter acts on, in model order; AdapterError if a name or layer is unknown."""
-    architecture = Architecture(hf)
-    layers = range(architecture.n_layers) if config.layers is None else config.layers
-    if unknown := [layer for layer in layers if not 0 <= layer < architecture.n_layers]:
-        raise AdapterError(
-            f"layers {unknown} are not in this model, which has blocks 0 to {architecture.n_layers - 1}"
-        )
-    if config.method != "lora":
-        return [architecture.block_path(layer) for layer in layers]
-    names = {
-        architecture.block_path(layer, name)
-        for layer in layers
-        for name, module in hf.get_submodule(architecture.block_path(layer)).named_modules()
-        if _is_linear(module)
-    }
-    wanted = config.target_modules
-    known = {name.rpartition(".")[2] for name in names}
-    if wanted is not None and (missing := sorted(set(wanted) - known)):
-        raise AdapterError(
-            f"target_modules {missing} are not in this model; it has {', '.join(sorted(known))}"
-        )
-    return [
-        name
-        for name, _ in hf.named_modules()
-        if name in names and (wanted is None or name.rpartition(".")[2] in wanted)
-    ]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def check_mergeable(config: AdapterConfig) -> None:
     """AdapterError unless the adapter may become part of the weights: a LoRA that acts on every token."""
     if config.phase != Phase.ALL:
@@ -285,5 +219,22 @@ def check_mergeable(config: AdapterConfig) -> None:
             f"an adapter of phase {config.phase.value!r} cannot be merged into the weights: they would then act on "
             "every token. Serve it as an adapter, or train one with phase=all."
         )
-    if config.method != "lora":
+    if not config.is_lora:
         raise AdapterError(f"{config.method} edits the residual stream; there is no weight to merge it into")
+
+
+__all__ = [
+    "Acting",
+    "Adapter",
+    "AdapterConfig",
+    "AdapterError",
+    "Delta",
+    "Factors",
+    "LoRADelta",
+    "MaskOf",
+    "ReFTDelta",
+    "applied_together",
+    "check_mergeable",
+    "orthonormal_rows",
+    "target_paths",
+]

@@ -11,7 +11,9 @@ from importlib import import_module
 from shared.errors import UserError
 
 # Name of the subcommand -> (module that implements it, one line for the help). Imported when it is asked for.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "adapter": ("preft.adapter_command", "inspect, convert and check adapter folders"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

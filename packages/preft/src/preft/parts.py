@@ -16,18 +16,19 @@
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from preft.adapter_files import FORMAT_VERSION, PREFIX, WEIGHTS_FILE, read_adapter, read_tensors
 from preft.adapters import Adapter, AdapterError, Factors, LoRADelta
-from preft.formats import FORMAT_VERSION, PREFIX, WEIGHTS_FILE, read_adapter
 from preft.vllm.identity import COMPOSITION, CONFIG_FILE, PHASE_SECTION
 from preft.vllm.mapping import KINDS, Kind
 from preft.vllm.residual import SITE
+from preft.vllm.strict import STRICT_TYPE, strict_name
 from shared.history import History
 from shared.serialize import atomic_path, read_json, write_json
 from shared.tokens import Phase
@@ -74,10 +75,10 @@ def read_source(folder: Path | str) -> Source:
     history = section["history"] and History(section["history"])
     origin = (history, raw["base_model_name_or_path"], section["base_model_fingerprint"])
     if "parts" not in section:
-        return Source(_on_phase(_read_update(folder, 1.0), Phase(section["phase"])), *origin)
+        return Source(_on_phase(_read_update(folder), Phase(section["phase"])), *origin)
     by_kind: list[Update] = [{} for _ in Kind]
     for part in section["parts"]:
-        update = _read_update(folder / part["folder"], 1.0)
+        update = _read_update(folder / part["folder"])
         for kind in part["tokens"]:
             by_kind[Kind[kind.upper()]] = update
     return Source(tuple(by_kind), *origin)
@@ -85,7 +86,7 @@ def read_source(folder: Path | str) -> Source:
 
 def _read_plain(folder: Path, raw: dict[str, Any]) -> Source:
     saved = read_adapter(folder)
-    update = _read_update(folder, saved.config.scale)
+    update = _read_update(folder, saved.config.scale_of)
     history = None if saved.config.phase is Phase.ALL else saved.config.history
     base_model = raw.get("base_model_name_or_path") or ""
     return Source(_on_phase(update, saved.config.phase), history, base_model, saved.base_model_fingerprint)
@@ -95,12 +96,8 @@ def _on_phase(update: Update, phase: Phase) -> ByKind:
     return tuple(update if acts else {} for acts in KINDS[phase])
 
 
-def _read_update(folder: Path, scale: float) -> Update:
-    from safetensors.torch import load_file
-
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}")
-    tensors = load_file(folder / WEIGHTS_FILE)
+def _read_update(folder: Path, scale_of: Callable[[str], float] = lambda _: 1.0) -> Update:
+    tensors = read_tensors(folder)
     ends = (".lora_A.weight", ".lora_B.weight")
     modules = {
         name.removeprefix(PREFIX).removesuffix(ends[0]).removesuffix(ends[1]): name for name in tensors
@@ -110,7 +107,7 @@ def _read_update(folder: Path, scale: float) -> Update:
         pair = [tensors.pop(f"{PREFIX}{module}{end}", None) for end in ends]
         if pair[0] is None or pair[1] is None or pair[0].shape[0] != pair[1].shape[1]:
             raise AdapterError(f"{folder / WEIGHTS_FILE}: {module} has no pair lora_A, lora_B of one rank")
-        update[module] = _weighted(Factors(pair[0].float(), pair[1].float()), scale)
+        update[module] = _weighted(Factors(pair[0].float(), pair[1].float()), scale_of(module))
     return update
 
 
@@ -198,17 +195,18 @@ def _write_parts(folder: Path, source: Source, parts: list[tuple[Update, list[Ki
 def _write(folder: Path, source: Source, update: Update, section: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    save_file(_tensors(update), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    tensors = {strict_name(name): tensor for name, tensor in _tensors(update).items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, _config(source, update, section))
 
 
 def _config(source: Source, update: Update, section: dict[str, Any]) -> dict[str, Any]:
-    """adapter_config.json as peft and vLLM read it: scale 1 everywhere, the highest rank as `r`."""
+    """adapter_config.json as vLLM reads it, and peft refuses it: scale 1 everywhere, the highest rank as `r`."""
     ranks = {module: len(update[module].A) for module in sorted(update)}
     rank = max(ranks.values(), default=1)
     lower = {module: own for module, own in ranks.items() if own != rank}
     return {
-        "peft_type": "LORA",
+        "peft_type": STRICT_TYPE,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "base_model_name_or_path": source.base_model,

@@ -26,6 +26,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 from preft.vllm.mapping import KINDS, Kind
 from preft.vllm.residual import SITE
+from preft.vllm.strict import STRICT_TYPE
 from shared.history import History
 from shared.tokens import Phase
 
@@ -82,6 +83,8 @@ def read_identity(folder: Path) -> AdapterIdentity:
         )
     stamp = folder_stamp(folder)
     raw = json.loads(config_path.read_text(encoding="utf-8"))
+    if raw.get("peft_type") == STRICT_TYPE and PHASE_SECTION not in raw:
+        raise ValueError(f"{config_path} is of type {STRICT_TYPE} but has lost its section {PHASE_SECTION!r}")
     section = raw.get(PHASE_SECTION, {})
     phase = checked_phase(section, config_path)
     parts = _read_parts(folder, section["parts"], config_path) if "parts" in section else None

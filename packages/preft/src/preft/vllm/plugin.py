@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from preft.vllm import memory_worker, runner, scheduling
+from preft.vllm import memory_worker, runner, scheduling, strict
 
 MARK = "_innerworks_original"
 WRITTEN_FOR = "0.32"
@@ -135,6 +135,13 @@ PATCHES = (
         "activate_adapter",
         ("self", "lora_id"),
         runner.activate_adapter,
+    ),
+    Patch(
+        "vllm.lora.lora_model",
+        "",
+        "parse_fine_tuned_lora_name",
+        ("name", "weights_mapper"),
+        strict.parse_lora_name,
     ),
     Patch("vllm.v1.engine.core", "EngineCore", "add_lora", ("self", "lora_request"), scheduling.refreshing),
     Patch("vllm.v1.engine.core", "EngineCore", "remove_lora", ("self", "lora_id"), scheduling.forgetting),

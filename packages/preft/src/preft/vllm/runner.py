@@ -15,7 +15,7 @@ from preft.vllm.identity import is_memory_path, worker_adapters
 from preft.vllm.mapping import NO_ADAPTER, Kind, StepMap, map_step
 from preft.vllm.memory_worker import load_held
 from preft.vllm.precision import check_precision
-from preft.vllm.residual import SITE, add_sites
+from preft.vllm.residual import SITE, add_sites, support_lora
 
 LoraInputs = tuple[
     tuple[Any, ...], tuple[Any, ...], set[Any]
@@ -153,6 +153,7 @@ def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_with_sites(runner: Any, model: Any, vllm_config: Any, device: Any) -> Any:
         lora_config = vllm_config.lora_config
         check_precision(vllm_config.model_config.dtype, lora_config.lora_dtype, device.type)
+        support_lora(model)
         add_sites(model, lora_config.lora_dtype, device, lora_config.target_modules)
         if hasattr(runner, "lora_state"):
             runner.lora_state.request_states = runner.req_states
