@@ -17,6 +17,9 @@ CONFIGS = {
     "lora_p": AdapterConfig(rank=3, rank_pattern={r".*\.1\..*": 6}, alpha_pattern={r".*\.0\..*": 5.0}),
     "reft_p": AdapterConfig("loreft", rank=2, rank_pattern={r"\w+\.1": 4}),
 }
+# Larger for ReFT, or Gemma's answers do not change; not for LoRA: vLLM's CPU attention overflows on the scores that it
+# then soft-caps for Gemma 2.
+SIZES = {"lora_p": 1.0, "reft_p": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -24,7 +27,9 @@ CONFIGS = {
 )
 def test_a_family_is_served_as_the_reference_says(family: str, engine: str, tmp_path: Path) -> None:
     model = load(ModelConfig(f"random:{family}"))
-    adapters = {name: stir(Adapter.create(model.hf, config), 3, size=4) for name, config in CONFIGS.items()}
+    adapters = {
+        name: stir(Adapter.create(model.hf, config), 3, SIZES[name]) for name, config in CONFIGS.items()
+    }
     folders = {name: save_adapter(adapter, tmp_path / name) for name, adapter in adapters.items()}
     checker = Checker(model, adapters)
     cases = [Case(name, prompt(21 + i, i)) for i in range(2) for name in ("lora_p", None, "reft_p")]
@@ -37,3 +42,5 @@ def test_a_family_is_served_as_the_reference_says(family: str, engine: str, tmp_
     folder = str(model.save(tmp_path / "model"))
     with VLLMGenerator(ModelConfig(folder), adapters=folders, model_impl=engine, **settings) as generator:
         checker.check(generator, cases, max_tokens=12)
+    # Where vLLM runs transformers' own code, models of that class still work outside of it.
+    assert len(checker.reference(Case(None, prompt(9, 9)), 2)) == 2

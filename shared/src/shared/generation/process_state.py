@@ -77,6 +77,24 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
+def model_classes_kept() -> Iterator[None]:
+    """Inside, vLLM leaves the classes of transformers' models as they are; for engines that run eagerly.
+
+    Where vLLM 0.32 runs transformers' code (OLMo 2, GPT-NeoX), it marks the model's class for compilation in place, and
+    no other model of that class runs in the process any more. An eager engine compiles nothing and needs no mark.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    marked: Any = Base
+    original = marked._decorate_for_torch_compile
+    marked._decorate_for_torch_compile = lambda _: None
+    try:
+        yield
+    finally:
+        marked._decorate_for_torch_compile = original
+
+
+@contextmanager
 def third_party_warnings_ignored() -> Iterator[None]:
     """Silence warnings about vLLM's own use of its dependencies: they are not ours to mend."""
     with warnings.catch_warnings():

@@ -7,12 +7,17 @@ draw carries its own seed. A JSON schema is enforced through a grammar (`shared.
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import UserError
-from shared.generation.process_state import ProcessState, random_state_kept, third_party_warnings_ignored
+from shared.generation.process_state import (
+    ProcessState,
+    model_classes_kept,
+    random_state_kept,
+    third_party_warnings_ignored,
+)
 from shared.generation.prompts import check_lengths, prompt_ids
 from shared.generation.requests import Completion, Draw, EngineBase, Sampling
 from shared.generation.vllm_arguments import (
@@ -138,4 +143,5 @@ def _build(arguments: dict[str, Any]) -> "LLM":
     with third_party_warnings_ignored():
         from vllm import LLM
 
-        return LLM(**arguments)
+        with model_classes_kept() if arguments.get("enforce_eager") else nullcontext():
+            return LLM(**arguments)
