@@ -17,8 +17,8 @@ CONFIGS = {
     "lora_p": AdapterConfig(rank=3, rank_pattern={r".*\.1\..*": 6}, alpha_pattern={r".*\.0\..*": 5.0}),
     "reft_p": AdapterConfig("loreft", rank=2, rank_pattern={r"\w+\.1": 4}),
 }
-# Larger for ReFT, or Gemma's answers do not change; not for LoRA: vLLM's CPU attention overflows on the scores that it
-# then soft-caps for Gemma 2.
+# Larger for ReFT, or Gemma's answers do not change; not for LoRA, with which vLLM 0.32 on CPU then answers Gemma 2 in
+# nothing but token 0 (attention scores in the thousands, under a soft cap).
 SIZES = {"lora_p": 1.0, "reft_p": 4.0}
 
 
