@@ -9,7 +9,7 @@ from preft.adapters import Adapter, AdapterConfig
 from preft.reference import greedy_reference
 from shared.generation import Request, Sampling
 from shared.models import Model
-from shared.tokens import Phase
+from shared.tokens import Message, Phase
 
 CONFIGS = {
     "lora_p_0": AdapterConfig(rank=4),
@@ -78,3 +78,16 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     """Random byte tokens (no special ones)."""
     generator = torch.Generator().manual_seed(1000 * seed + length)
     return tuple(torch.randint(5, 261, (length,), generator=generator).tolist())
+
+
+def chats(count: int, turns: int = 1) -> list[list[Message]]:
+    """One-word questions that are always answered in one way."""
+    words = ["sun", "moon", "sea", "wind", "rain", "snow", "leaf", "root"]
+    found = []
+    for i in range(count):
+        chat: list[Message] = []
+        for turn in range(turns):
+            chat.append({"role": "user", "content": words[(i + turn) % len(words)]})
+            chat.append({"role": "assistant", "content": f"{words[(i + turn) % len(words)]} yes"})
+        found.append(chat)
+    return found

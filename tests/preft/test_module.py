@@ -100,15 +100,6 @@ def test_the_model_is_left_as_it_was(model: Model) -> None:
     assert not any(module._forward_hooks for module in model.hf.modules())
 
 
-def test_only_the_adapter_is_in_the_state(model: Model) -> None:
-    adapter = stir(Adapter.create(model.hf, METHODS[2]), seed=4)
-    state = AdaptedModel(model.hf, adapter).state_dict()
-    assert set(state) == set(adapter.state_dict())
-    fresh = Adapter.create(model.hf, METHODS[2])
-    AdaptedModel(model.hf, fresh).load_state_dict(state)
-    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), fresh.parameters(), strict=True))
-
-
 def test_a_documents_first_token_is_no_target(model: Model) -> None:
     """Nothing of its own document is in front of it; packed, the token in front is another document's."""
     found = rows([(0, 6), (0, 7)])

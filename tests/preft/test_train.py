@@ -2,30 +2,18 @@
 
 import pytest
 import torch
+from preft_cases import chats
 
 from preft.adapters import Adapter, AdapterConfig, AdapterError
 from preft.evaluate import heldout_loss
 from preft.forward import masked_loss
 from preft.train import TrainConfig, train_adapter, training_rows
-from preft.train.rows import batches
+from preft.train.rows import Layout, Parts, schedule
 from shared.history import History
 from shared.models import Model
-from shared.tokens import Message, Phase, collate
+from shared.tokens import Phase, collate
 
 CONFIGS = [AdapterConfig(rank=4), AdapterConfig("direft", rank=4), AdapterConfig("loreft", rank=4)]
-
-
-def chats(count: int, turns: int = 1) -> list[list[Message]]:
-    """One-word questions that are always answered in one way."""
-    words = ["sun", "moon", "sea", "wind", "rain", "snow", "leaf", "root"]
-    found = []
-    for i in range(count):
-        chat: list[Message] = []
-        for turn in range(turns):
-            chat.append({"role": "user", "content": words[(i + turn) % len(words)]})
-            chat.append({"role": "assistant", "content": f"{words[(i + turn) % len(words)]} yes"})
-        found.append(chat)
-    return found
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
@@ -87,12 +75,19 @@ def test_recompute_gives_a_row_for_every_turn(model: Model) -> None:
     assert any(sticky.generated)
 
 
-def test_every_row_comes_once_an_epoch(model: Model) -> None:
+def test_every_row_comes_once_an_epoch_whatever_the_parts(model: Model) -> None:
     rows = training_rows(model.tokenizer, chats(8))
-    feed = list(batches(rows, 3, 0, steps=6, seed=0))
-    for epoch in (feed[:3], feed[3:]):
-        found = sorted(ids for batch in epoch for ids in batch.rows())
-        assert found == sorted(row.input_ids for row in rows)
+    steps = schedule(rows, 3, steps=6, seed=0)
+    for epoch in (steps[:3], steps[3:]):
+        assert sorted(i for step in epoch for i in step) == list(range(8))
+    assert steps[:3] != steps[3:]
+    for parts in (1, 2, 4):
+        items = Parts(rows, steps, Layout(0), parts)
+        assert len(items) == 6 * parts
+        for step, numbers in enumerate(steps):
+            labels = [items[step * parts + i]["labels"] for i in range(parts)]
+            learnt = sum(int((label != -100).sum()) for label in labels)
+            assert learnt == sum(label != -100 for i in numbers for label in rows[i].labels)
 
 
 def test_nothing_to_learn_is_refused(model: Model) -> None:

@@ -205,7 +205,8 @@ def _hook(updates: list[_Update]) -> Any:
         total = output
         for delta, weight, mask_BT in updates:
             source = args[0] if isinstance(delta, LoRADelta) else output
-            update = (delta(source.to(torch.float32)) * weight).to(output.dtype)
+            with torch.autocast(output.device.type, enabled=False):
+                update = (delta(source.to(torch.float32)) * weight).to(output.dtype)
             total = total + update * mask_BT[..., None].to(output.device, output.dtype)
         return total
 

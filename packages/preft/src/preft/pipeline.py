@@ -21,7 +21,7 @@ from preft.formats import load_adapter, save_adapter
 from preft.mixed_batch import MixedRequest, Outcome, match_rate, run_mixed
 from preft.pages import write_pages
 from preft.throughput import Speed, ThroughputConfig, measure
-from preft.train.sft import TrainConfig, train_adapter
+from preft.train import TrainConfig, train_adapter
 from preft.vllm.precision import check_precision, near_tie
 from shared.history import History
 from shared.models import Model, ModelConfig, load

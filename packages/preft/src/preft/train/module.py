@@ -54,14 +54,6 @@ class AdaptedModel(nn.Module):
         self.adapter.train(mode)
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The adapter's tensors."""
-        return self.adapter.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load what `state_dict` gave."""
-        return self.adapter.load_state_dict(*args, **kwargs)
-
     @contextmanager
     def held(self, gradient_checkpointing: bool = False) -> Iterator["AdaptedModel"]:
         """Inside, the base model is frozen and, if asked for, its blocks checkpointed; afterwards it is as before."""

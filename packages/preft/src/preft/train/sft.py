@@ -1,40 +1,33 @@
 """Supervised finetuning of one adapter: frozen base model, adapter on its phase, loss on the responses.
 
-AdamW with linear warm-up and linear decay; after every step R is retracted to orthonormal rows (ReFT). The same seed
-gives the same batches and the same start.
+AdamW with linear warm-up and linear decay on the transformers Trainer (`preft.train.trainer`); after every step R is
+retracted to orthonormal rows (ReFT). The same seed gives the same batches and the same start.
+
+A folder makes training resumable: it keeps checkpoints and `training.json`, which says what is trained. A later call
+with the same model, rows and settings goes on from the last checkpoint, any other begins anew.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from torch import nn
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from preft.adapters import Adapter, AdapterConfig, AdapterError
-from preft.forward import masked_loss
-from preft.train.module import frozen
-from preft.train.rows import batches, padding_id, training_rows
-from shared.tokens import Message
+from preft.train.config import TrainConfig
+from preft.train.module import AdaptedModel
+from preft.train.rows import Layout, Parts, padding_id, schedule, training_rows
+from shared.fingerprint import fingerprint
+from shared.generation.process_state import random_state_kept
+from shared.serialize import plain, read_json, remove, write_json
+from shared.tokens import Message, TrainingRow
 
+if TYPE_CHECKING:
+    from preft.train.trainer import OnLog
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long and how fast; `max_grad_norm` 0 does not clip."""
-
-    steps: int = 40
-    batch_size: int = 16
-    learning_rate: float = 1e-2
-    warmup_steps: int = 5
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size) < 1:
-            raise AdapterError(
-                f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}"
-            )
+IDENTITY = "training.json"
 
 
 class Trained(NamedTuple):
@@ -50,43 +43,81 @@ def train_adapter(
     chats: Sequence[Sequence[Message]],
     adapter_config: AdapterConfig,
     config: TrainConfig | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    on_log: "OnLog | None" = None,
+    *,
+    heldout: Sequence[Sequence[Message]] = (),
+    folder: Path | str | None = None,
 ) -> Trained:
     """Train one adapter on chats that end with an assistant message; the model is left as it was.
 
-    `on_step(step, loss)` is called after every step. AdapterError where the chats hold nothing to learn from.
+    `on_log(step, figures)` is called after every step (loss, grad_norm, learning_rate) and evaluation (heldout_loss, of
+    the `heldout` chats every `eval_every` steps). `folder` keeps checkpoints every `save_every` steps and resumes from
+    them. AdapterError where the chats hold nothing to learn from.
     """
     config = config or TrainConfig()
     rows = training_rows(tokenizer, chats, adapter_config.history)
     if not rows:
         raise AdapterError("there is no assistant message to learn from in the training chats")
-    adapter = Adapter.create(hf, adapter_config, config.seed)
-    optimizer = torch.optim.AdamW(
-        adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(config))
-    losses: list[float] = []
-    with frozen(hf):
-        feed = batches(rows, config.batch_size, padding_id(tokenizer), config.steps, config.seed)
-        for step, batch in enumerate(feed):
-            loss = masked_loss(hf, adapter, batch)
-            mean = loss.total / loss.tokens
-            optimizer.zero_grad(set_to_none=True)
-            mean.backward()
-            if config.max_grad_norm:
-                nn.utils.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            adapter.retract_()
-            losses.append(float(mean.detach()))
-            if on_step:
-                on_step(step, losses[-1])
-    return Trained(adapter.requires_grad_(False), losses)
+    if config.save_every and folder is None:
+        raise AdapterError("save_every needs a folder to save to")
+    held = training_rows(tokenizer, heldout, adapter_config.history)
+    from preft.train.trainer import AdapterTrainer, arguments, last_checkpoint
+
+    model = AdaptedModel(hf, Adapter.create(hf, adapter_config, config.seed))
+    layout = Layout(padding_id(tokenizer), config.packing)
+    with ExitStack() as stack:
+        stack.enter_context(random_state_kept())
+        place = Path(folder or stack.enter_context(TemporaryDirectory()))
+        args = arguments(config, place, hf.device.type == "cpu", bool(held))
+        _check_device(hf, args)
+        if folder is not None:
+            with args.main_process_first():
+                _begin(place, _identity(hf, rows, adapter_config, config), args.process_index == 0)
+        parts = args.world_size * config.gradient_accumulation
+        trainer = AdapterTrainer(
+            stack.enter_context(model.held(config.gradient_checkpointing)),
+            args,
+            config,
+            Parts(rows, schedule(rows, config.batch_size, config.steps, config.seed), layout, parts),
+            _evaluation(held, layout, config, args.world_size) if held else None,
+            on_log,
+        )
+        trainer.train(resume_from_checkpoint=last_checkpoint(place))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(model.adapter.requires_grad_(False), losses)
 
 
-def _rate(config: TrainConfig) -> Callable[[int], float]:
-    """Learning-rate factor of a step: up over the warm-up, then down to zero behind the last step."""
-    warmup = min(config.warmup_steps, config.steps)
-    return lambda step: min(
-        (step + 1) / max(warmup, 1), (config.steps - step) / max(config.steps - warmup + 1, 1)
-    )
+def _evaluation(rows: Sequence[TrainingRow], layout: Layout, config: TrainConfig, parts: int) -> Parts:
+    """Every held-out row once, neighbours in length together."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
+    size = config.batch_size * parts
+    return Parts(rows, [order[i : i + size] for i in range(0, len(order), size)], layout, parts)
+
+
+def _check_device(hf: Any, args: Any) -> None:
+    """AdapterError where a model on one device is not where the Trainer would move it."""
+    if not getattr(hf, "hf_device_map", None) and (hf.device.type, hf.device.index or 0) != (
+        args.device.type,
+        args.device.index or 0,
+    ):
+        raise AdapterError(
+            f"the model is on {hf.device}, but this process trains on {args.device}: load the model there, or choose "
+            "the device with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _identity(
+    hf: Any, rows: Sequence[TrainingRow], adapter: AdapterConfig, config: TrainConfig
+) -> dict[str, Any]:
+    """What determines the trained adapter."""
+    digest = hashlib.sha256(json.dumps(plain(list(rows))).encode()).hexdigest()[:16]
+    return {"model": fingerprint(hf), "rows": digest, "adapter": plain(adapter), "train": plain(config)}
+
+
+def _begin(folder: Path, identity: dict[str, Any], main: bool) -> None:
+    """Keep the folder's checkpoints if they are of the same training, else remove them."""
+    path = folder / IDENTITY
+    if main and not (path.exists() and read_json(path) == identity):
+        for checkpoint in folder.glob("checkpoint-*"):
+            remove(checkpoint)
+        write_json(path, identity)
