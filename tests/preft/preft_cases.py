@@ -1,5 +1,7 @@
 """Adapters that visibly change a tiny model, requests, and the comparison of vLLM with the masked reference."""
 
+import copy
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +9,7 @@ import torch
 
 from preft.adapters import Adapter, AdapterConfig
 from preft.reference import greedy_reference
+from shared.errors import UserError
 from shared.generation import Request, Sampling
 from shared.models import Model
 from shared.tokens import Message, Phase
@@ -91,3 +94,59 @@ def chats(count: int, turns: int = 1) -> list[list[Message]]:
             chat.append({"role": "assistant", "content": f"{words[(i + turn) % len(words)]} yes"})
         found.append(chat)
     return found
+
+
+def process_id() -> Any:
+    """A model that is a process id; one task ends its process, another raises."""
+
+    def work(task: str) -> int:
+        if task == "die":
+            os._exit(7)
+        if task == "raise":
+            raise KeyError("gone")
+        return os.getpid()
+
+    return work
+
+
+def no_model() -> Any:
+    """What a process of the pool cannot open."""
+    raise UserError("no such model")
+
+
+def sharded_process(rank: int, world: int) -> None:
+    """One of the processes that hold a sharded model: every check is made on all of them."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    from preft.train.module import AdaptedModel, inputs_of
+    from preft.train.rows import training_rows
+    from preft.train.sharding import gather_, retract_sharded_
+    from shared.models import ModelConfig, load
+    from shared.tokens import collate
+
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    for method in ("lora", "loreft"):
+        model = load(ModelConfig("random:llama"))
+        inputs = inputs_of(collate(training_rows(model.tokenizer, chats(3)), 0))
+        adapter = stir(Adapter.create(model.hf, AdapterConfig(method, rank=3)), seed=8).requires_grad_(True)
+        adapted, twin = AdaptedModel(model.hf, adapter), copy.deepcopy(adapter)
+        with adapted.held():
+            whole = torch.autograd.grad(adapted(**inputs)["loss"], list(adapter.parameters()))
+        with adapted.held(gradient_checkpointing=True):
+            for module in [*adapted.modules()][::-1]:
+                if type(module).__name__ in adapted._no_split_modules:
+                    fully_shard(module)
+            fully_shard(adapted)
+            adapted(**inputs)["loss"].backward()
+        for expected, parameter in zip(whole, adapter.parameters(), strict=True):
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad.full_tensor(), expected, atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.mul_(1.5)
+        retract_sharded_(adapter, twin)
+        for _, delta in gather_(twin, adapter).parts():
+            if method == "loreft":
+                torch.testing.assert_close(delta.R_RD @ delta.R_RD.T, torch.eye(3), atol=1e-5, rtol=0)
+    dist.destroy_process_group()

@@ -49,12 +49,22 @@ def read_rows(
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist; expected {FORMATS} with {_described(row_type)}")
-    names = {field: (columns or {}).get(field, field) for field in _fields(row_type)}
-    unknown = set(columns or {}) - set(names)
-    if unknown:
-        raise DataError(f"columns names no field of {row_type.__name__}: {', '.join(sorted(unknown))}")
+    names = _columns(row_type, columns)
+    raw = _raw_rows(path, part, get_type_hints(row_type), names)
+    return typed_rows(raw, row_type, columns=columns, drop_extra=drop_extra)
+
+
+def typed_rows(
+    raw: Iterable[tuple[str, dict[str, Any]]],
+    row_type: type[Row],
+    *,
+    columns: Mapping[str, str] | None = None,
+    drop_extra: bool = False,
+) -> list[Row]:
+    """Rows given as (place, values by column) as instances of `row_type`; DataError names the place and the column."""
+    names = _columns(row_type, columns)
     rows = []
-    for where, values in _raw_rows(path, part, get_type_hints(row_type), names):
+    for where, values in raw:
         extra = set(values) - set(names.values())
         if extra and not drop_extra:
             raise DataError(
@@ -113,6 +123,14 @@ def hash_point(key: object, seed: int = 0) -> float:
 
 def _fields(row_type: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cast(Any, row_type))]
+
+
+def _columns(row_type: type, columns: Mapping[str, str] | None) -> dict[str, str]:
+    """Column of every field."""
+    names = {field: (columns or {}).get(field, field) for field in _fields(row_type)}
+    if unknown := set(columns or {}) - set(names):
+        raise DataError(f"columns names no field of {row_type.__name__}: {', '.join(sorted(unknown))}")
+    return names
 
 
 def _described(row_type: type) -> str:

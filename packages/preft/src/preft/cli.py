@@ -13,6 +13,8 @@ from shared.errors import UserError
 # Name of the subcommand -> (module that implements it, one line for the help). Imported when it is asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
     "adapter": ("preft.adapter_command", "inspect, convert and check adapter folders"),
+    "train": ("preft.train.command", "train one adapter on chats"),
+    "train-many": ("preft.train.many", "train an adapter for every user of a folder"),
 }
 
 

@@ -39,6 +39,9 @@ class AdaptedModel(nn.Module):
     def __init__(self, hf: Any, adapter: Adapter) -> None:
         super().__init__()
         self.hf, self.adapter = hf, adapter
+        # What FSDP shards on its own: the blocks, and the deltas, which run inside the blocks but do not lie in them.
+        deltas = {type(delta).__name__ for _, delta in adapter.parts()}
+        self._no_split_modules = [*(hf._no_split_modules or ()), *sorted(deltas)]
 
     def forward(
         self, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **fields: Tensor

@@ -52,7 +52,7 @@ def train_adapter(
 
     `on_log(step, figures)` is called after every step (loss, grad_norm, learning_rate) and evaluation (heldout_loss, of
     the `heldout` chats every `eval_every` steps). `folder` keeps checkpoints every `save_every` steps and resumes from
-    them. AdapterError where the chats hold nothing to learn from.
+    them. Under FSDP the model stays sharded. AdapterError where the chats hold nothing to learn from.
     """
     config = config or TrainConfig()
     rows = training_rows(tokenizer, chats, adapter_config.history)
@@ -84,7 +84,7 @@ def train_adapter(
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(place))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(model.adapter.requires_grad_(False), losses)
+    return Trained(trainer.adapter.requires_grad_(False), losses)
 
 
 def _evaluation(rows: Sequence[TrainingRow], layout: Layout, config: TrainConfig, parts: int) -> Parts:

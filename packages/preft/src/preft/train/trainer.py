@@ -12,6 +12,7 @@ Devices, mixed precision, several processes (DDP, FSDP) are accelerate's.
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from preft.adapters import AdapterError
+from preft.adapters import Adapter, AdapterError
 from preft.formats import save_adapter
 from preft.train.config import TrainConfig
 from preft.train.module import AdaptedModel
 from preft.train.rows import Parts
+from preft.train.sharding import gather_, retract_sharded_
 
 STATE_FILE = "adapter_state.safetensors"  # LoReFT's W and R; the served files hold W - R
 COMPLETE = "complete"
@@ -72,12 +74,15 @@ def arguments(config: TrainConfig, folder: Path, cpu: bool, evaluates: bool) -> 
 class Hooks(TrainerCallback):
     """Retraction after every optimiser step, figures to `report`, and a mark in every checkpoint that is whole."""
 
-    def __init__(self, model: AdaptedModel, report: OnLog | None) -> None:
-        self.model, self.report = model, report
+    def __init__(self, model: AdaptedModel, whole: Adapter | None, report: OnLog | None) -> None:
+        self.adapter, self.whole, self.report = model.adapter, whole, report
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Restore the method's constraints."""
-        self.model.adapter.retract_()
+        if self.whole is None:
+            self.adapter.retract_()
+        elif self.adapter.config.method != "lora":
+            retract_sharded_(self.adapter, self.whole)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Refuse a loss that is no number; pass on what is one step's."""
@@ -112,10 +117,21 @@ class AdapterTrainer(Trainer):
             data_collator=_only,
             train_dataset=train,  # type: ignore[arg-type]
             eval_dataset=heldout,  # type: ignore[arg-type]
-            callbacks=[Hooks(model, report)],
         )
+        if self.is_fsdp_enabled and config.save_every:
+            raise AdapterError(
+                "save_every: sharded training (FSDP) writes no checkpoints, which would hold the whole base model; "
+                "leave it out, or train with DDP"
+            )
+        self._whole = deepcopy(model.adapter) if self.is_fsdp_enabled else None
         self.remove_callback(PrinterCallback)
+        self.add_callback(Hooks(model, self._whole, report))
         self.adapted, self.config = model, config
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, whole; under FSDP all processes ask together."""
+        return self.adapted.adapter if self._whole is None else gather_(self._whole, self.adapted.adapter)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Linear warm-up and decay (`TrainConfig.rate`)."""
@@ -148,8 +164,8 @@ class AdapterTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter alone: as a folder to serve, and its exact state."""
         if self.args.should_save:
-            folder = save_adapter(self.adapted.adapter, output_dir or self.args.output_dir)
-            save_file(self.adapted.adapter.state_dict(), folder / STATE_FILE)
+            folder = save_adapter(self.adapter, output_dir or self.args.output_dir)
+            save_file(self.adapter.state_dict(), folder / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
