@@ -7,7 +7,7 @@ import torch
 from preft_cases import prompt, stir
 
 from preft.adapters import Adapter, AdapterConfig
-from preft.forward import masked_loss
+from preft.forward import masked_logits, masked_loss, targets
 from preft.train.module import AdaptedModel, inputs_of
 from shared.models import Model
 from shared.random_models import random_model
@@ -44,6 +44,22 @@ def test_the_loss_is_the_masked_loss(model: Model) -> None:
     assert torch.equal(adapted(**inputs_of(batch()))["loss"], expected.total / expected.tokens)
     assert torch.equal(adapted(**inputs_of(batch()), num_items_in_batch=7)["loss"], expected.total / 7)
     assert int((inputs_of(batch())["labels"] != -100).sum()) == expected.tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox", "gpt2"])
+def test_the_loss_needs_the_labelled_columns_only(family: str) -> None:
+    """The same as from all logits; nothing, with a gradient of zero, where no token is labelled."""
+    hf, _ = random_model(family)
+    adapter = stir(Adapter.create(hf.eval(), METHODS[0]), seed=9).requires_grad_(True)
+    made = batch()
+    logits_BTV, labels_BT = masked_logits(hf, adapter, made)[:, :-1], targets(made)[:, 1:]
+    expected = torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(masked_loss(hf, adapter, made).total, expected, atol=1e-3, rtol=1e-5)
+    silent = masked_loss(hf, adapter, replace(made, labels_BT=torch.full_like(made.input_ids_BT, -100)))
+    assert (float(silent.total.detach()), silent.tokens) == (0.0, 0)
+    assert not any(bool(g.any()) for g in torch.autograd.grad(silent.total, list(adapter.parameters())))
 
 
 @pytest.mark.parametrize("phase", list(Phase))

@@ -38,7 +38,7 @@ def test_packed_equals_padded(
     rows = training_rows(attending.tokenizer, chats(5, turns=2), history)
     created = Adapter.create(attending.hf, replace(config, phase=phase, history=history))
     adapter = stir(created, seed=6).requires_grad_(True)
-    packed = pack(rows, 0, max_length=120)
+    packed = pack(rows, 0, max_length=240)
     assert len(packed) < len(rows), "nothing is packed"
     results = [loss_and_gradients(attending, adapter, batch) for batch in (collate(rows, 0), packed)]
     for expected, found in zip(*results, strict=True):

@@ -53,6 +53,26 @@ def test_all_sources_give_the_same_chats(tmp_path: Path) -> None:
         assert [row.chat() for row in read_data(str(path), columns)] == wanted, path
 
 
+def test_a_dataset_id_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        if (name, split) != ("owner/chats", "train"):
+            raise ValueError(f"no split {split}")
+        return datasets.Dataset.from_list(
+            [{"messages": chat} for chat in chats(2)] + [{"messages": []}] * bad
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    bad = 0
+    assert [row.chat() for row in read_data("owner/chats")] == chats(2)
+    with pytest.raises(DataError, match=r"'owner/chats' \(split 'dev'\) cannot be loaded: no split dev"):
+        read_data("owner/chats", split="dev")
+    bad = 1
+    with pytest.raises(DataError, match="owner/chats, row 2: .*must end with an assistant message"):
+        read_data("owner/chats")
+
+
 @pytest.mark.parametrize(
     ("row", "fault"),
     [

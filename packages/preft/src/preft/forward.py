@@ -29,8 +29,13 @@ def adapted(hf: Any, adapter: AnyAdapter | None, batch: TokenBatch) -> AbstractC
     return nullcontext() if adapter is None else adapter.applied_to(hf, batch.phase_mask)
 
 
-def masked_logits(hf: Any, adapter: AnyAdapter | None, batch: TokenBatch) -> Float[Tensor, "B T V"]:
-    """Logits of the model with the adapter on the tokens of its phase; of the bare model where `adapter` is None."""
+def masked_logits(
+    hf: Any, adapter: AnyAdapter | None, batch: TokenBatch, columns_K: Int[Tensor, " K"] | None = None
+) -> Float[Tensor, "B T V"]:
+    """Logits of the model with the adapter on the tokens of its phase; of the bare model where `adapter` is None.
+
+    With `columns_K` the logits of these columns only (B K V): the unembedding is the widest layer of a small model.
+    """
     batch = batch.to(hf.device)
     # Packed rows: without a padding mask transformers derives the documents from the restarting positions.
     attention_mask = None if batch.packed else batch.attention_mask_BT
@@ -40,6 +45,7 @@ def masked_logits(hf: Any, adapter: AnyAdapter | None, batch: TokenBatch) -> Flo
             attention_mask=attention_mask,
             position_ids=batch.position_ids_BT,
             use_cache=False,
+            logits_to_keep=0 if columns_K is None else columns_K,
         ).logits
 
 
@@ -53,9 +59,11 @@ def targets(batch: TokenBatch) -> Int[Tensor, "B T"]:
 def masked_loss(hf: Any, adapter: AnyAdapter | None, batch: TokenBatch) -> Loss:
     """Negative log-likelihood of the batch's labels (token t is predicted from the logits at t - 1)."""
     labels_BT = targets(batch).to(hf.device)[:, 1:]
-    logits_BTV = masked_logits(hf, adapter, batch)[:, :-1]
-    keep_BT = labels_BT != -100
+    columns_K = (labels_BT != -100).any(0).nonzero()[:, 0]
+    labels_BK = labels_BT[:, columns_K]
+    keep_BK = labels_BK != -100
+    logits_BKV = masked_logits(hf, adapter, batch, columns_K)
     total = torch.nn.functional.cross_entropy(
-        logits_BTV[keep_BT].float(), labels_BT[keep_BT], reduction="sum"
+        logits_BKV[keep_BK].float(), labels_BK[keep_BK], reduction="sum"
     )
-    return Loss(total, int(keep_BT.sum()))
+    return Loss(total, int(keep_BK.sum()))
