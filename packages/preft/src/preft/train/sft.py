@@ -71,7 +71,7 @@ def train_adapter(
         args = arguments(config, place, hf.device.type == "cpu", bool(held))
         _check_device(hf, args)
         if folder is not None:
-            with args.main_process_first():
+            with args.main_process_first(local=False):
                 _begin(place, _identity(hf, rows, adapter_config, config), args.process_index == 0)
         parts = args.world_size * config.gradient_accumulation
         trainer = AdapterTrainer(
