@@ -147,6 +147,12 @@ def test_options_are_the_dataclasses_fields() -> None:
         target_modules=("q_proj", "v_proj"), layers=(0, 2), rslora=True, alpha=3.0, phase=Phase.ALL
     )
     assert from_options(TrainConfig, arguments, seed=3) == TrainConfig(packing=64, bf16=True, seed=3)
+    patterns = parser.parse_args(
+        ["--target-modules", r".*\.[0-3]\.mlp\..*", "--rank-pattern", "q_proj=4,up_proj=2"]
+    )
+    assert from_options(AdapterConfig, patterns) == AdapterConfig(
+        target_modules=r".*\.[0-3]\.mlp\..*", rank_pattern={"q_proj": 4, "up_proj": 2}
+    )
     none = parser.parse_args(["--packing", "none", "--no-rslora"])
     assert from_options(TrainConfig, none) == TrainConfig()
     with pytest.raises(ConfigError, match="'steps' must be int"):

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import enum
 import json
+import re
 from collections.abc import Collection, Mapping
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -54,6 +55,8 @@ def _value(hint: Any, text: Any) -> Any:
         return text
     if type(None) in kinds and text.lower() == "none":
         return None
+    if str in kinds and not re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
+        return text  # a pattern, where names would do as well
     for kind in kinds:
         if (get_origin(kind) or kind) in (tuple, list):
             [item, *_] = get_args(kind) or (str,)

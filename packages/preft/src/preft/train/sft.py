@@ -13,19 +13,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from preft.adapters import Adapter, AdapterConfig, AdapterError
 from preft.train.config import TrainConfig
 from preft.train.module import AdaptedModel
 from preft.train.rows import Layout, Parts, padding_id, schedule, training_rows
+from preft.train.trainer import OnLog, adapter_trainer, arguments, last_checkpoint
 from shared.fingerprint import fingerprint
 from shared.generation.process_state import random_state_kept
 from shared.serialize import plain, read_json, remove, write_json
 from shared.tokens import Message, TrainingRow
-
-if TYPE_CHECKING:
-    from preft.train.trainer import OnLog
 
 IDENTITY = "training.json"
 
@@ -43,7 +41,7 @@ def train_adapter(
     chats: Sequence[Sequence[Message]],
     adapter_config: AdapterConfig,
     config: TrainConfig | None = None,
-    on_log: "OnLog | None" = None,
+    on_log: OnLog | None = None,
     *,
     heldout: Sequence[Sequence[Message]] = (),
     folder: Path | str | None = None,
@@ -61,8 +59,6 @@ def train_adapter(
     if config.save_every and folder is None:
         raise AdapterError("save_every needs a folder to save to")
     held = training_rows(tokenizer, heldout, adapter_config.history)
-    from preft.train.trainer import AdapterTrainer, arguments, last_checkpoint
-
     model = AdaptedModel(hf, Adapter.create(hf, adapter_config, config.seed))
     layout = Layout(padding_id(tokenizer), config.packing)
     with ExitStack() as stack:
@@ -74,7 +70,7 @@ def train_adapter(
             with args.main_process_first(local=False):
                 _begin(place, _identity(hf, rows, adapter_config, config), args.process_index == 0)
         parts = args.world_size * config.gradient_accumulation
-        trainer = AdapterTrainer(
+        trainer = adapter_trainer(
             stack.enter_context(model.held(config.gradient_checkpointing)),
             args,
             config,

@@ -5,7 +5,6 @@ twin that was made before: gather, compute, scatter. All processes call together
 """
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from preft.adapters import Adapter
 
@@ -13,6 +12,8 @@ from preft.adapters import Adapter
 @torch.no_grad()
 def gather_(whole: Adapter, sharded: Adapter) -> Adapter:
     """Give the twin the sharded adapter's values; returns the twin."""
+    from torch.distributed.tensor import DTensor
+
     for to, source in zip(whole.parameters(), sharded.parameters(), strict=True):
         to.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
     return whole
@@ -21,6 +22,8 @@ def gather_(whole: Adapter, sharded: Adapter) -> Adapter:
 @torch.no_grad()
 def retract_sharded_(sharded: Adapter, whole: Adapter) -> None:
     """`Adapter.retract_` of a sharded adapter."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     gather_(whole, sharded).retract_()
     for to, source in zip(sharded.parameters(), whole.parameters(), strict=True):
         to.copy_(

@@ -14,14 +14,12 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
 from preft.adapters import Adapter, AdapterError
 from preft.formats import save_adapter
@@ -30,6 +28,11 @@ from preft.train.module import AdaptedModel
 from preft.train.rows import Parts
 from preft.train.sharding import gather_, retract_sharded_
 
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+else:  # their import takes seconds and brings in peft and datasets: `adapter_trainer` joins these classes with them
+    Trainer = TrainerCallback = object
+
 STATE_FILE = "adapter_state.safetensors"  # LoReFT's W and R; the served files hold W - R
 COMPLETE = "complete"
 FIGURES = {"loss", "heldout_loss"}  # a line of the log without either sums up the whole run
@@ -37,8 +40,10 @@ FIGURES = {"loss", "heldout_loss"}  # a line of the log without either sums up t
 OnLog = Callable[[int, dict[str, float]], None]
 
 
-def arguments(config: TrainConfig, folder: Path, cpu: bool, evaluates: bool) -> TrainingArguments:
+def arguments(config: TrainConfig, folder: Path, cpu: bool, evaluates: bool) -> "TrainingArguments":
     """The Trainer's settings for a TrainConfig."""
+    from transformers import TrainingArguments
+
     made = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
@@ -100,17 +105,19 @@ class Hooks(TrainerCallback):
 
 
 class AdapterTrainer(Trainer):
-    """Trains the adapter of an `AdaptedModel`."""
+    """Trains the adapter of an `AdaptedModel`; made by `adapter_trainer`."""
 
     def __init__(
         self,
         model: AdaptedModel,
-        args: TrainingArguments,
+        args: "TrainingArguments",
         config: TrainConfig,
         train: Parts,
         heldout: Parts | None,
         report: OnLog | None,
     ) -> None:
+        import transformers
+
         super().__init__(
             model,
             args,
@@ -124,8 +131,9 @@ class AdapterTrainer(Trainer):
                 "leave it out, or train with DDP"
             )
         self._whole = deepcopy(model.adapter) if self.is_fsdp_enabled else None
-        self.remove_callback(PrinterCallback)
-        self.add_callback(Hooks(model, self._whole, report))
+        self.remove_callback(transformers.trainer_callback.PrinterCallback)
+        hooks = type("Hooks", (Hooks, transformers.TrainerCallback), {})
+        self.add_callback(hooks(model, self._whole, report))
         self.adapted, self.config = model, config
 
     @property
@@ -170,6 +178,14 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
         self.adapted.adapter.load_state_dict(state)
+
+
+def adapter_trainer(*args: Any) -> AdapterTrainer:
+    """An `AdapterTrainer` that is a transformers `Trainer`."""
+    from transformers import Trainer
+
+    made: AdapterTrainer = type("AdapterTrainer", (AdapterTrainer, Trainer), {})(*args)
+    return made
 
 
 def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
