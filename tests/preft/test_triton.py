@@ -1,6 +1,7 @@
 """The Triton kernels, run by Triton's interpreter, against a loop over segments in float64."""
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from preft.vllm import triton_kernels
 from preft.vllm.kernels import Segment
 from preft.vllm.residual import PADDING
 from preft.vllm.triton_kernels import TILE, edit_, expand_, shrink_, tiles
+from preft.vllm.triton_wrapper import SWITCH, TritonOperators, switched_on
 
 pytest.importorskip("triton")
 SLOTS, RANK, WIDTH, OUT, ROWS = 3, 24, 40, 50, 45
@@ -102,6 +104,52 @@ def test_residual_edit(dtype: torch.dtype, pair: bool) -> None:
     found = hidden.clone()
     edit_(found, residual if pair else None, a, b, torch.tensor(ranks, dtype=torch.int32), tiles(RUNS, "cpu"))
     close(found, updated(hidden, hidden + residual if pair else hidden, a, b, ranks))
+
+
+class StockWrapper:
+    """Stands for vLLM's GPU wrapper, which cannot be built without a GPU."""
+
+    device = "cpu"
+
+    def update_metadata(self, *_: Any) -> None:
+        """Stock metadata are not looked at."""
+
+
+class Operators(TritonOperators, StockWrapper):
+    pass
+
+
+class Mapping(NamedTuple):
+    index_mapping: tuple[int, ...]
+
+
+def test_the_wrapper_adds_every_slice_and_sees_a_slot_change_hands() -> None:
+    a = (randn(SLOTS, 1, RANK, WIDTH, seed=1), randn(SLOTS, 1, RANK, WIDTH, seed=2))
+    b = (randn(SLOTS, 1, OUT, RANK, seed=3), randn(SLOTS, 1, 9, RANK, seed=4))
+    a[0][1, :, 5:], a[1][1] = 0, 0  # slot 1: rank 5 in the first slice, none in the second
+    operators, ids = Operators(), [7, 8, 9]
+    slot_of = {row: run.slot for run in RUNS for row in range(run.start, run.end)}
+    index = tuple(ids[slot_of[row]] if row in slot_of else 0 for row in range(ROWS))
+    operators.update_metadata(Mapping(index), ids)
+    x, y = randn(ROWS, WIDTH, seed=5), randn(ROWS, OUT + 9, seed=6)
+    for change in (False, True):
+        if change:
+            a[1][1] = a[1][0]
+            operators.slot_changed(1)
+        found = y.clone()
+        operators.add_lora_linear(found, x, a, b, 1.0, (OUT, 9))
+        expected = updated(y, x, a[0], b[0], [RANK, 5, RANK])
+        expected = updated(expected, x, a[1], b[1], [RANK, RANK if change else 0, RANK], offset=OUT)
+        close(found, expected)
+
+
+def test_the_switch_is_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not switched_on()
+    monkeypatch.setenv(SWITCH, "1")
+    assert switched_on()
+    monkeypatch.setenv(SWITCH, "yes")
+    with pytest.raises(ValueError, match="must be 0 or 1"):
+        switched_on()
 
 
 def test_tiles_cover_every_segment_once() -> None:

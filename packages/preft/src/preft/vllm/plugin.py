@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from preft.vllm import memory_worker, runner, scheduling, strict
+from preft.vllm import memory_worker, runner, scheduling, strict, triton_wrapper
 
 MARK = "_innerworks_original"
 WRITTEN_FOR = "0.32"
@@ -212,7 +212,7 @@ def register() -> None:
     for patch in PATCHES:
         _replace(_owner(patch), patch)
     _replace_hash_keys()
-    _use_cpu_operators()
+    _use_own_operators()
     _add_worker_methods()
     by_need = property(scheduling.get_lora_request, scheduling.set_lora_request)
     setattr(Request, "lora_request", by_need)  # noqa: B010 - mypy sees a plain attribute
@@ -272,9 +272,12 @@ def _add_worker_methods() -> None:
     setattr(WorkerBase, memory_worker.DROP, memory_worker.drop_adapter)
 
 
-def _use_cpu_operators() -> None:
+def _use_own_operators() -> None:
+    """Always on a CPU, where stock ones are wrong; on a GPU only where the environment asks for it."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        named = classmethod(lambda cls: CPU_OPERATORS)
+    on_gpu = current_platform.is_cuda_alike() and triton_wrapper.switched_on()
+    if on_gpu or current_platform.is_cpu():
+        operators = triton_wrapper.QUALIFIED_NAME if on_gpu else CPU_OPERATORS
+        named = classmethod(lambda cls: operators)
         setattr(type(current_platform), "get_punica_wrapper", named)  # noqa: B010 - as above

@@ -3,7 +3,7 @@
 Each function here wraps one method of vLLM 0.32; `plugin.py` says which. All answers come from `mapping.map_step`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,24 +51,31 @@ def step_of(
     return Step(step, {parts[number] for number in step.active})
 
 
-def make_lora_inputs_v1(original: Callable[..., LoraInputs]) -> Callable[..., LoraInputs]:
+def is_plain(requests: Collection[Any], prompt_R: Int[ndarray, "R"], computed_R: Int[ndarray, "R"]) -> bool:
+    """Whether a step certainly has no adapted token, told without mapping it: what most steps of decoding are."""
+    if not requests:
+        return True
+    if (computed_R < prompt_R).any():
+        return False
+    return all(worker_adapters.by_kind(request)[Kind.GENERATED] is None for request in requests)
+
+
+def make_lora_inputs_v1(_: Callable[..., LoraInputs]) -> Callable[..., LoraInputs]:
     """`InputBatch.make_lora_inputs` of the V1 runner, by token instead of by request."""
 
     def make_lora_inputs(
         batch: Any, num_scheduled_tokens: Int[ndarray, "R"], num_sampled_tokens: Int[ndarray, "R"]
     ) -> LoraInputs:
         count = batch.num_reqs
-        adapter_R = batch.request_lora_mapping[:count]
-        if not adapter_R.any():
+        requests = batch.lora_id_to_lora_request.values()
+        prompt_R, computed_R = batch.num_prompt_tokens[:count], batch.num_computed_tokens_cpu[:count]
+        if is_plain(requests, prompt_R, computed_R):
             batch.num_active_adapters = 0
-            return original(batch, num_scheduled_tokens, num_sampled_tokens)
+            sampled, tokens = int(num_sampled_tokens.sum()), int(num_scheduled_tokens.sum())
+            return (NO_ADAPTER,) * sampled, (NO_ADAPTER,) * tokens, set()
+        adapter_R = batch.request_lora_mapping[:count]
         step, active = step_of(
-            adapter_R,
-            batch.lora_id_to_lora_request.values(),
-            batch.num_prompt_tokens[:count],
-            batch.num_computed_tokens_cpu[:count],
-            num_scheduled_tokens,
-            num_sampled_tokens,
+            adapter_R, requests, prompt_R, computed_R, num_scheduled_tokens, num_sampled_tokens
         )
         batch.num_active_adapters = dispatch_count(len(active), step)
         return tuple(step.sampled_S.tolist()), tuple(step.token_K.tolist()), active
