@@ -80,6 +80,13 @@ class Slices(nn.Module):
             new.copy_(old)  # as vLLM's set_lora does, slot by slot
         return self
 
+    def fill(self, ours: Any) -> None:
+        """Tell the operators the ranks."""
+        for slot, ranks in enumerate([(RANK, RANK), (RANK // 2, 0), (RANK, RANK)]):
+            ours.slot_filled(
+                slot, {a.data_ptr(): rank for a, rank in zip(self.lora_a_stacked, ranks) if rank}
+            )
+
     def by_token(self, y: Tensor, x: Tensor, slots: list[int]) -> Tensor:
         parts = zip(y.split(self.widths, dim=1), self.lora_a_stacked, self.lora_b_stacked)
         return torch.cat([by_token(part, x, a, b, 1.0, slots) for part, a, b in parts], dim=1)
@@ -92,6 +99,7 @@ def test_a_module_of_slices_equals_a_loop_over_tokens(slots: list[int], laid_out
     module = Slices().laid_out() if laid_out else Slices()
     x, y = torch.randn(len(slots), WIDTH), torch.randn(len(slots), OUT + 2)
     ours, found = wrapper(), y.clone()
+    module.fill(ours)
     ours.token_runs = segments(np.array(slots))
     ours.add_lora_linear(found, x, module.lora_a_stacked, module.lora_b_stacked, 1.0, module.widths)
     torch.testing.assert_close(found, module.by_token(y, x, slots), rtol=1e-5, atol=1e-5)
@@ -102,9 +110,9 @@ def test_a_module_of_slices_equals_a_loop_over_tokens(slots: list[int], laid_out
 def test_slices_of_full_rank_share_one_shrink() -> None:
     module = Slices().laid_out()
     arguments = (module.lora_a_stacked, module.lora_b_stacked, ((0, OUT), (OUT, OUT + 2)))
-    [product] = slot_products(*arguments, 0, torch.float32)
+    [product] = slot_products(*arguments, (RANK, RANK), 0, torch.float32)
     assert product.A_IR.shape == (WIDTH, 2 * RANK)
-    [product] = slot_products(*arguments, 1, torch.float32)
+    [product] = slot_products(*arguments, (RANK // 2, 0), 1, torch.float32)
     assert product.A_IR.shape == (WIDTH, RANK // 2)
     assert product.A_IR.data_ptr() == module.lora_a_stacked.beside[1].data_ptr()  # a view, no copy
 
@@ -153,6 +161,8 @@ class TestWrapper:
         )
         x, y = torch.randn(7, WIDTH), torch.randn(7, OUT + 2)
         ours, found = wrapper(), y.clone()
+        for slot in (0, 2):
+            ours.slot_filled(slot, {part.data_ptr(): RANK for part in a})
         ours.update_metadata(Mapping(ids, ids[-1:]), IDS, SLOTS + 1, 100)
         ours.add_lora_linear(found, x, a, b, 1.0, (OUT, 2))
         expected = torch.cat(
@@ -185,23 +195,24 @@ class TestWrapper:
         )
         assert y[1].abs().sum() > 0  # the plain token got the last slot's adapter
 
-    def test_a_slot_that_changes_hands_is_looked_at_again(self) -> None:
-        a, b = torch.zeros(SLOTS, 1, RANK, WIDTH), stacked(2, OUT, RANK)
+    def test_a_slot_that_changes_hands(self) -> None:
+        """Rank 1, then full rank: what the first adapter computed is forgotten."""
+        a, b = stacked(1, RANK, WIDTH), stacked(2, OUT, RANK)
         ours, x = wrapper(), torch.randn(1, WIDTH)
         ours.update_metadata(Mapping([40], [40]), IDS, SLOTS + 1, 100)
-        for expected in (torch.zeros(1, OUT), None):
+        with pytest.raises(KeyError):
+            ours.add_lora_linear(torch.zeros(1, OUT), x, (a,), (b,), 1.0, (OUT,))
+        for rank in (1, RANK, 0):
+            ours.slot_filled(0, {a.data_ptr(): rank})
             y = torch.zeros(1, OUT)
             ours.add_lora_linear(y, x, (a,), (b,), 1.0, (OUT,))
-            if expected is not None:
-                assert torch.equal(y, expected)
-                a[0] = stacked(1, RANK, WIDTH)[0]
-                ours.slot_changed(0)
-            else:
-                assert y.abs().sum() > 0
+            expected = by_token(torch.zeros(1, OUT), x, a[:, :, :rank], b[..., :rank], 1.0, [0])
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
     def test_prompt_logprobs_under_an_lm_head_adapter_are_refused(self) -> None:
         ours = wrapper()
         ours.update_metadata(Mapping([40] * 4, [40]), IDS, SLOTS + 1, 100)
-        y, x = torch.zeros(3, OUT), torch.randn(3, WIDTH)
+        y, x, a = torch.zeros(3, OUT), torch.randn(3, WIDTH), stacked(1, RANK, WIDTH)
+        ours.slot_filled(0, {a.data_ptr(): RANK})
         with pytest.raises(RuntimeError, match="prompt_logprobs"):
-            ours.add_lora_logits(y, x, stacked(1, RANK, WIDTH), stacked(2, OUT, RANK), 1.0)
+            ours.add_lora_logits(y, x, a, stacked(2, OUT, RANK), 1.0)

@@ -126,16 +126,19 @@ class Mapping(NamedTuple):
 def test_the_wrapper_adds_every_slice_and_sees_a_slot_change_hands() -> None:
     a = (randn(SLOTS, 1, RANK, WIDTH, seed=1), randn(SLOTS, 1, RANK, WIDTH, seed=2))
     b = (randn(SLOTS, 1, OUT, RANK, seed=3), randn(SLOTS, 1, 9, RANK, seed=4))
-    a[0][1, :, 5:], a[1][1] = 0, 0  # slot 1: rank 5 in the first slice, none in the second
+    a[0][1, :, 5:] = torch.nan  # slot 1: rank 5 in the first slice; in the second first none, then full
     operators, ids = Operators(), [7, 8, 9]
     slot_of = {row: run.slot for run in RUNS for row in range(run.start, run.end)}
     index = tuple(ids[slot_of[row]] if row in slot_of else 0 for row in range(ROWS))
     operators.update_metadata(Mapping(index), ids)
     x, y = randn(ROWS, WIDTH, seed=5), randn(ROWS, OUT + 9, seed=6)
+    full = {a[0].data_ptr(): RANK, a[1].data_ptr(): RANK}
+    for slot in (0, 2):
+        operators.slot_filled(slot, full)
+    operators.slot_filled(1, {a[0].data_ptr(): 5})
     for change in (False, True):
         if change:
-            a[1][1] = a[1][0]
-            operators.slot_changed(1)
+            operators.slot_filled(1, full | {a[0].data_ptr(): 5})
         found = y.clone()
         operators.add_lora_linear(found, x, a, b, 1.0, (OUT, 9))
         expected = updated(y, x, a[0], b[0], [RANK, 5, RANK])

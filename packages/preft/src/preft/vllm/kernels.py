@@ -12,7 +12,7 @@ matrix products, the second written straight into the rows and columns it belong
 
 Slices that share an input (q, k and v; gate and up) share one shrink where their A lie side by side
 (`preft.vllm.cpu_layers`). Where every segment is one token, as when all-token adapters decode, the segments are one
-batched product. A slot whose A is zero in a module (the adapter does not touch that module) is skipped.
+batched product. A module that an adapter does not touch is skipped.
 """
 
 from collections.abc import Sequence
@@ -75,24 +75,19 @@ class Product(NamedTuple):
     expands: tuple[Expand, ...]
 
 
-def slot_rank(a_stacked: Float[Tensor, "slots 1 R I"], slot: int) -> int:
-    """Rank of the adapter in a slot: its rows up to the last that is not zero; 0 where it leaves the module alone."""
-    rows = a_stacked[slot, 0].any(dim=1).nonzero()
-    return int(rows[-1]) + 1 if len(rows) else 0
-
-
 def slot_products(
     a_stacked: Sequence[Tensor],
     b_stacked: Sequence[Tensor],
     ends: Sequence[tuple[int, int]],
+    ranks: Sequence[int],
     slot: int,
     dtype: torch.dtype,
 ) -> tuple[Product, ...]:
     """What a slot computes in a module of one or more slices; `ends` are the output columns of each slice.
 
-    All slices of full rank whose A lie side by side are one product.
+    `ranks` are the adapter's own in each slice, 0 where it leaves it alone. All slices of full rank whose A lie side by
+    side are one product.
     """
-    ranks = [slot_rank(a, slot) for a in a_stacked]
     b_all = [b.reshape(b.shape[0], *b.shape[-2:])[slot] for b in b_stacked]
     beside = getattr(a_stacked, "beside", None)
     if beside is not None and all(rank == a.shape[-2] for rank, a in zip(ranks, a_stacked)):
@@ -133,8 +128,8 @@ def add_single_tokens_(
     ends: Sequence[tuple[int, int]],
 ) -> None:
     """`add_products_` where every segment is one token: two batched products a slice, at the slots' full rank."""
-    rows = [run.start for run in runs]
-    slots = [run.slot for run in runs]
+    runs = sorted(runs, key=lambda run: run.slot)  # all slots in order are a view, no copy
+    rows, slots = [run.start for run in runs], [run.slot for run in runs]
     x_K1I = pick(x_KI, rows)[:, None]
     beside = getattr(a_stacked, "beside", None)
     if beside is not None:
@@ -185,7 +180,7 @@ def segmented_wrapper() -> type:
             self.token_runs: list[Segment] = []
             self.sampled_runs: list[Segment] = []
             self._products: dict[tuple[int, int, torch.dtype], tuple[Product, ...]] = {}
-            self._used: dict[tuple[int, int], bool] = {}
+            self._ranks: dict[int, dict[int, int]] = {}
 
         def update_metadata(
             self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **_: Any
@@ -205,20 +200,17 @@ def segmented_wrapper() -> type:
         def _fill(self, buffer: Tensor, values: ndarray) -> None:
             buffer[: len(values)].copy_(torch.from_numpy(values))
 
-        def slot_changed(self, slot: int) -> None:
-            """Forget what modules compute for a slot: another adapter was put there."""
-            self._used = {key: used for key, used in self._used.items() if key[1] != slot}
+        def slot_filled(self, slot: int, ranks: dict[int, int]) -> None:
+            """Another adapter is in a slot; `ranks` has its rank by the address of every slot tensor it uses."""
+            self._ranks[slot] = ranks
             self._products = {key: products for key, products in self._products.items() if key[1] != slot}
 
         def runs_using(self, stacked: Tensor, runs: list[Segment]) -> list[Segment]:
-            """The segments whose slot is not all zero in a module's slot tensor."""
-            return [run for run in runs if self._uses(stacked, run.slot)]
+            """The segments whose adapter uses a slot tensor."""
+            return [run for run in runs if self._rank(stacked, run.slot)]
 
-        def _uses(self, stacked: Tensor, slot: int) -> bool:
-            key = (stacked.data_ptr(), slot)
-            if key not in self._used:
-                self._used[key] = slot_rank(stacked, slot) > 0
-            return self._used[key]
+        def _rank(self, stacked: Tensor, slot: int) -> int:
+            return self._ranks[slot].get(stacked.data_ptr(), 0)
 
         def _add(
             self, y: Tensor, x: Tensor, a_stacked: Any, b_stacked: Any, widths: Any, runs: list[Segment]
@@ -236,7 +228,8 @@ def segmented_wrapper() -> type:
             for run in runs:
                 key = (a_stacked[0].data_ptr(), run.slot, x.dtype)
                 if key not in self._products:
-                    self._products[key] = slot_products(a_stacked, b_stacked, ends, run.slot, x.dtype)
+                    ranks = [self._rank(a, run.slot) for a in a_stacked]
+                    self._products[key] = slot_products(a_stacked, b_stacked, ends, ranks, run.slot, x.dtype)
                 products.append(self._products[key])
             add_products_(y, x, runs, products)
 

@@ -218,15 +218,34 @@ def for_parts(original: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def activate_adapter(original: Callable[..., bool]) -> Callable[..., bool]:
-    """`LoRAModelManager.activate_adapter`: tell the CPU operators that the slot holds another adapter."""
+    """`LoRAModelManager.activate_adapter`: tell this project's operators what the slot now holds."""
 
     def activate(manager: Any, lora_id: int) -> bool:
         changed = original(manager, lora_id)
-        if changed:
-            slot = manager.lora_index_to_id.index(lora_id)
-            for wrapper in manager.punica_wrapper_mapping.values():
-                if hasattr(wrapper, "slot_changed"):
-                    wrapper.slot_changed(slot)
+        ours = [w for w in manager.punica_wrapper_mapping.values() if hasattr(w, "slot_filled")]
+        if changed and ours:
+            slot, ranks = manager.lora_index_to_id.index(lora_id), adapter_ranks(manager, lora_id)
+            for wrapper in ours:
+                wrapper.slot_filled(slot, ranks)
         return changed
 
     return activate
+
+
+def adapter_ranks(manager: Any, lora_id: int) -> dict[int, int]:
+    """Rank of an adapter in every slot tensor it uses, by the tensor's address; `manager` is vLLM's adapter manager."""
+    adapter = manager.get_adapter(lora_id)
+    ranks: dict[int, int] = {}
+    for name, module in manager.modules.items():
+        weights = manager._get_lora_layer_weights(adapter, name)
+        if weights is None or not hasattr(module, "lora_a_stacked"):  # experts keep vLLM's operators
+            continue
+        stacks = [s if isinstance(s, tuple) else (s,) for s in (module.lora_a_stacked, module.lora_b_stacked)]
+        given = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
+        rank_of = [0 if a is None else a.shape[0] for a in given]
+        if len(rank_of) != len(stacks[0]):  # one pair for several slices
+            rank_of = [max(rank_of)] * len(stacks[0])
+        ranks |= {
+            stacked.data_ptr(): rank for tensors in stacks for stacked, rank in zip(tensors, rank_of) if rank
+        }
+    return ranks

@@ -35,8 +35,8 @@ class TritonOperators:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._by_slot: dict[int, dict[int, int]] = {}
         self._ranks: dict[int, Tensor] = {}  # by the address of a module's A: the rank of every slot
-        self._stale: dict[int, set[int]] = {}
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any
@@ -46,21 +46,19 @@ class TritonOperators:
         runs: list[Segment] = segments(slots_of(mapping.index_mapping, lora_index_to_id))
         self.step = tiles(runs, self.device)  # type: ignore[attr-defined]
 
-    def slot_changed(self, slot: int) -> None:
-        """Forget the ranks of a slot: another adapter was put there."""
-        for stale in self._stale.values():
-            stale.add(slot)
+    def slot_filled(self, slot: int, ranks: dict[int, int]) -> None:
+        """Another adapter is in a slot; `ranks` has its rank by the address of every slot tensor it uses."""
+        self._by_slot[slot] = ranks
+        self._ranks.clear()
 
     def ranks(self, a_stacked: Tensor) -> Tensor:
-        """True rank of every slot in a module, on the device, found there without waiting for it."""
+        """True rank of every slot in a module, on the device; sent there without waiting."""
         key = a_stacked.data_ptr()
         if key not in self._ranks:
-            self._ranks[key] = a_stacked.new_zeros(len(a_stacked), dtype=torch.int32)
-            self._stale[key] = set(range(len(a_stacked)))
-        for slot in self._stale[key]:
-            numbers = torch.arange(1, a_stacked.shape[2] + 1, dtype=torch.int32, device=a_stacked.device)
-            self._ranks[key][slot] = (a_stacked[slot, 0].any(dim=1) * numbers).amax()
-        self._stale[key].clear()
+            of_slots = [self._by_slot.get(slot, {}).get(key, 0) for slot in range(len(a_stacked))]
+            self._ranks[key] = torch.tensor(of_slots, dtype=torch.int32).to(
+                a_stacked.device, non_blocking=True
+            )
         return self._ranks[key]
 
     def add_lora_linear(
