@@ -31,7 +31,8 @@ class EngineConfig:
     max_length: int = 512
     dtype: str = "float32"
     dummy_weights: bool = False
-    kv_cache_gib: int = 1
+    kv_cache_gib: int = 1  # on a CPU
+    gpu_share: float = 0.9
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -131,7 +132,9 @@ def build(config: EngineConfig) -> Any:
     arguments = {"model": config.model, "dtype": config.dtype, "skip_tokenizer_init": True}
     arguments |= {"max_num_seqs": config.concurrency, "max_num_batched_tokens": config.step_tokens}
     arguments |= {"max_model_len": config.max_length, "disable_log_stats": True, "use_tqdm_on_load": False}
-    if not gpu:
+    if gpu:
+        arguments |= {"gpu_memory_utilization": config.gpu_share}
+    else:
         arguments |= {"enforce_eager": True, "distributed_executor_backend": "uni", "block_size": 32}
         arguments |= {"kv_cache_memory_bytes": config.kv_cache_gib * 2**30}
     if config.slots:
@@ -143,18 +146,23 @@ def build(config: EngineConfig) -> Any:
 
 
 _ids: dict[str, int] = {}
+_loaded: set[int] = set()
 _runs = 0
 
 
 def replay(llm: Any, order: Order) -> Measured:
-    """Send a trace through an engine, at most `order.concurrency` requests in flight, and time every step."""
+    """Send a trace through an engine, at most `order.concurrency` requests in flight, and time every step.
+
+    Unless it is cold, all adapters of the arm are in host memory and those of the trace have just been in slots.
+    """
     import gc
 
     engine = llm.llm_engine
     loras = [_lora_request(folder) for folder in order.folders]
     used = [loras[i] for i in dict.fromkeys(item.adapter for item in order.items)] if loras else []
-    for lora in used:
+    for lora in used if order.cold else [*(lora for lora in loras if lora.lora_int_id not in _loaded), *used]:
         engine.remove_lora(lora.lora_int_id) if order.cold else engine.add_lora(lora)
+        _loaded.add(lora.lora_int_id)
     llm.reset_prefix_cache()
     gc.collect()
     return _timed(engine, order, loras)

@@ -44,6 +44,7 @@ SHAPES = {
     "llama-3.1-8b": Shape(_shape(LLAMA, 4096, 14336, 32, (32, 8), 128256)),
     "llama-3.1-70b-slice": Shape(_shape(LLAMA, 8192, 28672, 8, (64, 8), 128256)),  # 8 of its 80 layers
 }
+DISTINCT_BYTES = 2**30
 METHODS = {"lora": "lora", "reft": "direft"}
 
 
@@ -61,19 +62,25 @@ def model_folder(name: str, root: Path) -> Path:
 
 
 def adapter_folders(model: Path, kind: str, rank: int, count: int, phase: Phase) -> list[Path]:
-    """Folders of `count` distinct adapters, `kind` lora (every linear layer) or reft (every block); written once."""
+    """Folders of `count` adapters, `kind` lora (every linear layer) or reft (every block); written once.
+
+    Their weights are distinct up to `DISTINCT_BYTES` of files, after which they repeat: each has its own name, slot and
+    place in memory all the same.
+    """
     root = model / "adapters" / f"{kind}_r{rank}"
-    missing = [i for i in range(count) if not (root / Phase.PREFILL / str(i) / CONFIG_FILE).is_file()]
-    if missing:
-        hf = skeleton(model)
-        for i in missing:
+    folders = [root / phase / str(i) for i in range(count)]
+    missing = [i for i, folder in enumerate(folders) if not (folder / CONFIG_FILE).is_file()]
+    hf = skeleton(model) if missing else None
+    for i in missing:
+        first = root / Phase.PREFILL / "0" / WEIGHTS_FILE
+        distinct = max(1, DISTINCT_BYTES // first.stat().st_size) if i else 1
+        original = root / Phase.PREFILL / str(i % distinct)
+        if not (original / CONFIG_FILE).is_file():
             # Not strict: stock vLLM must be able to read the twin that acts on all tokens.
-            adapter = _random_adapter(hf, kind, rank, seed=i)
-            save_adapter(adapter, root / Phase.PREFILL / str(i), strict=False)
-    if phase is not Phase.PREFILL:
-        for i in range(count):
-            _twin(root / Phase.PREFILL / str(i), root / phase / str(i), phase)
-    return [root / phase / str(i) for i in range(count)]
+            save_adapter(_random_adapter(hf, kind, rank, seed=i % distinct), original, strict=False)
+        if folders[i] != original:
+            _twin(original, folders[i], phase)
+    return folders
 
 
 def skeleton(model: Path) -> Any:
@@ -106,8 +113,6 @@ def _delta(hf: Any, path: str, config: AdapterConfig, generator: torch.Generator
 
 def _twin(folder: Path, twin: Path, phase: Phase) -> None:
     """The same adapter with another phase: a configuration of its own, the weights linked."""
-    if (twin / CONFIG_FILE).is_file():
-        return
     twin.mkdir(parents=True, exist_ok=True)
     if not (twin / WEIGHTS_FILE).exists():
         os.link(folder / WEIGHTS_FILE, twin / WEIGHTS_FILE)

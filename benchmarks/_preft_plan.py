@@ -87,7 +87,7 @@ ARMS = {
     "lora_p_8slots": Arm("slots8", "lora", adapters=MANY),
     "lora_p_512slots": Arm("slots512", "lora", adapters=MANY),
 }
-_RIVALS = (("lora_own", 2), ("reft_own", 2), ("lora_stock", 2))
+_RIVALS = (("lora_own", 3), ("reft_own", 3), ("lora_stock", 3))  # their ratios have room, and they are slow
 SCENES = (
     Scene(
         "short", 64, 256,

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import _preft_plan as plan
+import torch
 from _preft_engine import EngineConfig, EngineProcess, Measured, Order
-from _preft_models import SHAPES, adapter_folders, model_folder
+from _preft_models import SHAPES, adapter_folders, model_folder, skeleton
 from _preft_report import summary, write
 from _preft_trace import Item, popularity, random_trace, read_trace
 
+from preft.vllm.slot_memory import slot_bytes
 from shared.errors import UserError
 
 ROOT = Path(__file__).parents[1] / "runs" / "bench-preft"
@@ -78,6 +80,8 @@ class Benchmark:
         self.vocabulary = SHAPES[options.model].config["vocab_size"]
         self.trace = read_trace(options.trace, self.vocabulary) if options.trace else None
         self.scenes = self._scenes()
+        one = slot_bytes(skeleton(self.model), options.rank, getattr(torch, options.dtype))
+        self.settings = vars(options) | {"adapter_slot_mib": round(one / 2**20, 2)}
         self.ratios = (*plan.RATIOS, *plan.curve_ratios(options.curve))
 
     def _scenes(self) -> list[plan.Scene]:
@@ -85,7 +89,10 @@ class Benchmark:
         scenes = [scene for scene in plan.SCENES if scene.name in chosen]
         if self.options.quick and not self.options.scenes:
             scenes = scenes[:1]
-        return scenes + list(plan.curve_scenes(self.options.curve, 128, self.options.minutes / 2))
+        scenes += plan.curve_scenes(self.options.curve, 128, self.options.minutes / 2)
+        if not (served := [scene for scene in scenes if self._arms(scene)]):
+            raise UserError("none of the --arms is in one of the --scenes")
+        return served
 
     def run(self) -> None:
         """Measure scene after scene until the time is up; a scene gets its share of what is left."""
@@ -129,6 +136,7 @@ class Benchmark:
             step_tokens=options.step_tokens,
             max_length=-(-longest // 64) * 64,
             dtype=options.dtype,
+            gpu_share=0.9 / max(len(self._engines(scene)) for scene in self.scenes),
             dummy_weights=SHAPES[options.model].needs_gpu,
         )
 
@@ -150,7 +158,7 @@ class Benchmark:
                     if turn == 0:  # a short run of every arm first: loads adapters and warms caches
                         self._replay(scene, arm, turn, new_tokens=2)
                     self._record(scene, arm, turn, self._replay(scene, arm, turn))
-            write(self.options.name, self.records, self.ratios, vars(self.options))
+            write(self.options.name, self.records, self.ratios, self.settings)
             turn += 1
 
     def _replay(self, scene: plan.Scene, arm: str, turn: int, new_tokens: int | None = None) -> Measured:
@@ -200,14 +208,12 @@ def main() -> None:
     finally:
         benchmark.close()
     if benchmark.records:
-        print(write(options.name, benchmark.records, benchmark.ratios, vars(options)).read_text())
+        print(write(options.name, benchmark.records, benchmark.ratios, benchmark.settings).read_text())
     print(json.dumps(summary(benchmark.ratios, benchmark.records)))
 
 
 def check(options: argparse.Namespace) -> None:
     """UserError where this machine cannot run what is asked for."""
-    import torch
-
     if SHAPES[options.model].needs_gpu and not torch.cuda.is_available():
         raise UserError(
             f"{options.model} is a real model's shape and needs a GPU, which this machine lacks: run this command on "
