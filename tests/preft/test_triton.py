@@ -160,4 +160,4 @@ def test_tiles_cover_every_segment_once() -> None:
     rows = [(row, slot) for start, count, slot in table.T.tolist() for row in range(start, start + count)]
     assert rows == [(row, run.slot) for run in RUNS for row in range(run.start, run.end)]
     assert table[1].max() == TILE
-    assert tiles([], "cpu").count == 0
+    assert tiles([], "cpu").total == 0

@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
     table_3N: Int32[Tensor, "3 N"]
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Number of tiles."""
         return self.table_3N.shape[1]
 
@@ -137,13 +137,13 @@ def shrink_(
     With J > I, A's column I is a bias. `low` is float32.
     """
     width = x_KI.shape[1]
-    if not step.count:
+    if not step.total:
         return
     block = min(64, _power(a_stacked.shape[2]))
     residual = x_KI if residual_KI is None else residual_KI
     shrink, _ = _kernels()
-    shrink[step.count, -(-a_stacked.shape[2] // block)](
-        low_KR, x_KI, residual, a_stacked, step.table_3N, ranks, step.count, width, scale,
+    shrink[step.total, -(-a_stacked.shape[2] // block)](
+        low_KR, x_KI, residual, a_stacked, step.table_3N, ranks, step.total, width, scale,
         low_KR.stride(0), x_KI.stride(0), residual.stride(0),
         a_stacked.stride(0), a_stacked.stride(2), a_stacked.stride(3),
         HAS_RESIDUAL=residual_KI is not None, HAS_BIAS=a_stacked.shape[3] > width, DOT=_dot_type(x_KI.dtype),
@@ -161,12 +161,12 @@ def expand_(
 ) -> None:
     """y[rows, offset:offset + N] += low[rows] B[slot]^T for every tile, over the true rank of its slot."""
     width = min(b_stacked.shape[2], y_KO.shape[1] - offset)
-    if not step.count:
+    if not step.total:
         return
     block = min(128, _power(width))
     _, expand = _kernels()
-    expand[step.count, -(-width // block)](
-        y_KO, low_KR, b_stacked, step.table_3N, ranks, step.count, width, offset,
+    expand[step.total, -(-width // block)](
+        y_KO, low_KR, b_stacked, step.table_3N, ranks, step.total, width, offset,
         y_KO.stride(0), low_KR.stride(0),
         b_stacked.stride(0), b_stacked.stride(2), b_stacked.stride(3),
         DOT=_dot_type(b_stacked.dtype), M=TILE, R=min(64, _power(b_stacked.shape[3])), N=block,
