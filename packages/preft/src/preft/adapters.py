@@ -96,7 +96,7 @@ class ReFTDelta(nn.Module):
 
     def load_(self, factors: Factors) -> None:
         self.R_RD.copy_(factors.B.T)
-        self.W_RD.copy_(factors.A[:, :-1] + self.R_RD if self.subtracts else factors.A[:, :-1])
+        self.W_RD.copy_(factors.A[:, :-1] + factors.B.T if self.subtracts else factors.A[:, :-1])
         self.b_R.copy_(factors.A[:, -1])
 
     def retract_(self) -> None:

@@ -1,5 +1,7 @@
 """The `preft` command: one subcommand a task, each a module with `add_arguments(parser)` and `main(arguments)`.
 
+A module that sets a default for `passed_on` gets there the options it does not know; elsewhere they are an error.
+
 A `UserError` ends the command with one line on stderr and status 2; anything else is a defect and keeps its traceback.
 """
 
@@ -15,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "adapter": ("preft.adapter_command", "inspect, convert and check adapter folders"),
     "train": ("preft.train.command", "train one adapter on chats"),
     "train-many": ("preft.train.many", "train an adapter for every user of a folder"),
+    "serve": ("preft.serve.command", "OpenAI-compatible server; adapters come and go while it serves"),
 }
 
 
@@ -22,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(argv[0] if argv else "")
-    arguments = parser.parse_args(argv)
+    arguments, others = parser.parse_known_args(argv)
+    if others:
+        if not hasattr(arguments, "passed_on"):
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        arguments.passed_on = others
     if not hasattr(arguments, "main"):
         parser.print_help()
         return 2

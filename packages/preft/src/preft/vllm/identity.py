@@ -202,12 +202,13 @@ class AdapterRegistry:
             )
         return known
 
-    def by_kind(self, lora_request: Any) -> tuple[Any, ...]:
-        """What acts on the tokens of each kind: the request itself, the request of a part, or None.
+    def known(self, lora_request: Any) -> AdapterIdentity:
+        """The identity as last read; no look at the disk after the first."""
+        return self._known.get(_key(lora_request)) or self.refresh(lora_request)
 
-        As last read; no look at the disk after the first.
-        """
-        identity = self._known.get(_key(lora_request)) or self.refresh(lora_request)
+    def by_kind(self, lora_request: Any) -> tuple[Any, ...]:
+        """What acts on the tokens of each kind, as last read: the request itself, the request of a part, or None."""
+        identity = self.known(lora_request)
         if identity.parts is None:
             return tuple(lora_request if acts else None for acts in KINDS[identity.phase])
         return tuple(part and self._part(part) for part in identity.parts)

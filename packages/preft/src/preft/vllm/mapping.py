@@ -55,11 +55,12 @@ class Stretch(NamedTuple):
 
 
 class StepMap(NamedTuple):
-    """Adapter id of every token and of every sampled row, and the ids that a token of the step has."""
+    """Adapter id of every token and of every sampled row, the ids that a token of the step has, tokens by stretch."""
 
     token_K: Int[ndarray, "K"]
     sampled_S: Int[ndarray, "S"]
     active: frozenset[int]
+    count_RP: Int[ndarray, "R P"]
 
 
 def stretches(prompt_length: int) -> list[Stretch]:
@@ -87,6 +88,7 @@ def map_step(
         np.repeat(ids, count_RP.ravel()),
         np.repeat(ids, sampled_RP.ravel()),
         frozenset(adapter_RP[count_RP > 0].tolist()) - {NO_ADAPTER},
+        count_RP,
     )
 
 

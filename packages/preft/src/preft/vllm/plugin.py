@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from preft.vllm import memory_worker, runner, scheduling, strict, triton_wrapper
+from preft.vllm import memory_worker, metrics, runner, scheduling, strict, triton_wrapper
 
 MARK = "_innerworks_original"
 WRITTEN_FOR = "0.32"
@@ -143,6 +143,20 @@ PATCHES = (
         ("name", "weights_mapper"),
         strict.parse_lora_name,
     ),
+    Patch(
+        "vllm.lora.worker_manager",
+        "LRUCacheWorkerLoRAManager",
+        "add_adapter",
+        ("self", "lora_request"),
+        metrics.counting_adapters,
+    ),
+    Patch(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "schedule",
+        ("self", "throttle_prefills"),
+        metrics.counting_schedule,
+    ),
     Patch("vllm.v1.engine.core", "EngineCore", "add_lora", ("self", "lora_request"), scheduling.refreshing),
     Patch("vllm.v1.engine.core", "EngineCore", "remove_lora", ("self", "lora_id"), scheduling.forgetting),
     Patch(
@@ -213,7 +227,7 @@ def register() -> None:
         _replace(_owner(patch), patch)
     _replace_hash_keys()
     _use_own_operators()
-    _add_worker_methods()
+    _add_methods()
     by_need = property(scheduling.get_lora_request, scheduling.set_lora_request)
     setattr(Request, "lora_request", by_need)  # noqa: B010 - mypy sees a plain attribute
 
@@ -264,12 +278,15 @@ def _replace_hash_keys() -> None:
             setattr(module, HASH_KEYS.name, replacement)
 
 
-def _add_worker_methods() -> None:
-    """`collective_rpc` calls the workers' methods by name."""
+def _add_methods() -> None:
+    """Methods under names of their own, which vLLM's calls between processes reach by name."""
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, memory_worker.HOLD, memory_worker.hold_adapter)
     setattr(WorkerBase, memory_worker.DROP, memory_worker.drop_adapter)
+    setattr(WorkerBase, metrics.METHOD, metrics.worker_report)
+    setattr(EngineCore, metrics.METHOD, metrics.engine_counts)
 
 
 def _use_own_operators() -> None:

@@ -14,19 +14,20 @@ from preft.vllm.cpu_layers import prepare_layers
 from preft.vllm.identity import is_memory_path, worker_adapters
 from preft.vllm.mapping import NO_ADAPTER, Kind, StepMap, map_step
 from preft.vllm.memory_worker import load_held
+from preft.vllm.metrics import worker_counts
 from preft.vllm.precision import check_precision
 from preft.vllm.residual import SITE, add_sites, support_lora
 
-LoraInputs = tuple[
-    tuple[Any, ...], tuple[Any, ...], set[Any]
-]  # by sampled row, by token, the adapters to hold
+# By sampled row, by token, the adapters to hold. A list of these: vLLM's LoRARequests are equal by name, so a set would
+# drop one of two versions that are served under one name while the first is being replaced.
+LoraInputs = tuple[tuple[Any, ...], tuple[Any, ...], list[Any]]
 
 
 class Step(NamedTuple):
     """The map of a step and the adapters that it needs in slots."""
 
     map: StepMap
-    active: set[Any]
+    active: list[Any]
 
 
 def step_of(
@@ -37,7 +38,8 @@ def step_of(
     scheduled_R: Int[ndarray, "R"],
     sampled_R: Int[ndarray, "R"],
 ) -> Step:
-    """`map_step` for the adapters named by `requests` (vLLM's `LoRARequest`s of the batch)."""
+    """`map_step` for the adapters named by `requests` (vLLM's `LoRARequest`s of the batch); counts its tokens."""
+    requests = list(requests)
     by_kind = {request.lora_int_id: worker_adapters.by_kind(request) for request in requests}
     parts = {part.lora_int_id: part for row in by_kind.values() for part in row if part is not None}
     ids = {
@@ -48,7 +50,9 @@ def step_of(
     last_R = prompt_R.astype(np.int64) - 1
     start_RP = np.stack([np.zeros_like(last_R), last_R, last_R + 1], axis=1)  # in the order of Kind
     step = map_step(adapter_RP, start_RP, computed_R, scheduled_R, sampled_R)
-    return Step(step, {parts[number] for number in step.active})
+    names = {request.lora_int_id: request.lora_name for request in requests}
+    worker_counts.count(names, adapter_R, adapter_RP != NO_ADAPTER, step.count_RP)
+    return Step(step, [parts[number] for number in step.active])
 
 
 def is_plain(requests: Collection[Any], prompt_R: Int[ndarray, "R"], computed_R: Int[ndarray, "R"]) -> bool:
@@ -71,8 +75,9 @@ def make_lora_inputs_v1(_: Callable[..., LoraInputs]) -> Callable[..., LoraInput
         prompt_R, computed_R = batch.num_prompt_tokens[:count], batch.num_computed_tokens_cpu[:count]
         if is_plain(requests, prompt_R, computed_R):
             batch.num_active_adapters = 0
+            worker_counts.count_plain(prompt_R, computed_R, num_scheduled_tokens)
             sampled, tokens = int(num_sampled_tokens.sum()), int(num_scheduled_tokens.sum())
-            return (NO_ADAPTER,) * sampled, (NO_ADAPTER,) * tokens, set()
+            return (NO_ADAPTER,) * sampled, (NO_ADAPTER,) * tokens, []
         adapter_R = batch.request_lora_mapping[:count]
         step, active = step_of(
             adapter_R, requests, prompt_R, computed_R, num_scheduled_tokens, num_sampled_tokens
@@ -125,15 +130,15 @@ def make_lora_inputs_v2(_: Callable[..., LoraInputs]) -> Callable[..., LoraInput
     return make_lora_inputs
 
 
-def get_activate_loras_v2(_: Callable[..., set[Any]]) -> Callable[..., set[Any]]:
+def get_activate_loras_v2(_: Callable[..., set[Any]]) -> Callable[..., list[Any]]:
     """`LoraState.get_activate_loras`, asked before the step's token counts are known: adapters with a token to adapt.
 
     A scheduled request computes at least the token at position `num_computed_tokens`. For weights that act later in
     the same chunk the answer errs towards "active", which costs a graph without the saving but is never wrong.
     """
 
-    def get_activate_loras(state: Any, req_ids: list[str]) -> set[Any]:
-        active = set()
+    def get_activate_loras(state: Any, req_ids: list[str]) -> list[Any]:
+        active: dict[int, Any] = {}
         for request_id in req_ids:
             request = state.lora_requests.get(request_id)
             if request is None:
@@ -143,8 +148,8 @@ def get_activate_loras_v2(_: Callable[..., set[Any]]) -> Callable[..., set[Any]]
             computed = int(state.request_states.num_computed_tokens_np[index])
             decoding = computed >= prompt_length
             by_kind = worker_adapters.by_kind(request)[Kind.GENERATED if decoding else Kind.PROMPT :]
-            active |= {part for part in by_kind if part is not None}
-        return active
+            active |= {part.lora_int_id: part for part in by_kind if part is not None}
+        return list(active.values())
 
     return get_activate_loras
 
@@ -186,9 +191,9 @@ def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"served for {type(manager._adapter_manager.model).__name__}: its decoder layers are of an unknown "
                 f"kind, or lora_target_modules leaves out {SITE!r}"
             )
-        if is_memory_path(lora_request.lora_path):
-            return load_held(manager, lora_request)
-        return original(manager, lora_request)
+        with worker_counts.loading():
+            load = load_held if is_memory_path(lora_request.lora_path) else original
+            return load(manager, lora_request)
 
     return _load_adapter
 

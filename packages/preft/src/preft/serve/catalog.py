@@ -1,0 +1,164 @@
+"""The adapters of a running server: register, replace, remove; unload a version once nothing needs it.
+
+vLLM's own table (`OpenAIServingModels.lora_requests`, name -> LoRARequest) says what a name means to the next request.
+Replacing an adapter puts a LoRARequest with a new id and a new folder there, in one assignment: requests before it run
+to their end under the old version, requests after it under the new one, and no request sees both. The old version is
+then *retired*:
+
+    unload    once no request computes a prompt under it; an adapter that also acts on generated tokens: once no request
+              runs under it at all. A decoding request of a prefill-only adapter holds nothing.
+    discard   its files once no request runs under it (a preempted one computes its prompt anew, and needs them), and
+              after `GRACE` seconds more, for requests that had looked the name up but had not reached the engine yet
+
+All of it happens in the front process, on its event loop; the lock of a name is the one vLLM's own routes take.
+"""
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from preft.adapters import AdapterError
+from preft.serve.check import AdapterCheck, Checked
+from preft.serve.store import Store
+from preft.vllm.mapping import Kind
+from preft.vllm.scheduling import adapter_registry
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+GRACE = 30.0
+POLL = 0.1
+FAILED_CALL = "Call to add_lora method failed: "  # how vLLM's engine begins the reason
+
+
+class Refusal(AdapterError):
+    """A request to the catalog that is refused; `status` is its HTTP status."""
+
+    def __init__(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Version:
+    """What the catalog knows of an adapter besides vLLM's LoRARequest."""
+
+    number: int
+    rank: int | None
+    created: str | None
+    stored: bool
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """Unfinished requests by adapter id: all of them, and those whose prompt is not yet computed."""
+
+    all: Counter[int]
+    prefilling: Counter[int]
+
+
+class Catalog:
+    """The adapters of one server; `models` is vLLM's OpenAIServingModels, `engine` its AsyncLLM."""
+
+    def __init__(self, models: Any, engine: Any, check: AdapterCheck, store: Store) -> None:
+        self.models, self.engine, self.check, self.store = models, engine, check, store
+        self.retiring: dict[int, str] = {}  # id -> name
+        self._versions: dict[str, Version] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, given: dict[str, Checked]) -> None:
+        """Take in the adapters that vLLM loaded at its start; `given` has their ranks."""
+        for name, checked in given.items():
+            stored = self.store.current.get(name)
+            number, created = (stored.version, stored.created) if stored else (1, None)
+            self._versions[name] = Version(number, checked.rank, created, stored is not None)
+
+    async def put(self, name: str, staged: Path, replace: bool) -> None:
+        """Register staged files under a name; Refusal with the reason, and nothing is changed then."""
+        try:
+            self.check_name(name)
+            checked = await asyncio.to_thread(self.check, staged)
+            async with self.models.lora_resolver_lock[name]:
+                await self._register(name, staged, checked, replace)
+        finally:
+            if staged.exists():
+                self.store.discard(staged)
+
+    async def _register(self, name: str, staged: Path, checked: Checked, replace: bool) -> None:
+        from vllm.lora.request import LoRARequest
+
+        old = self.models.lora_requests.get(name)
+        if old is not None and not replace:
+            raise Refusal(f"there is an adapter {name!r} already; PUT replaces it", HTTPStatus.CONFLICT)
+        folder = self.store.number(staged)
+        new = LoRARequest(name, self.models.lora_id_counter.inc(1), str(folder))
+        try:
+            await self.engine.add_lora(new)
+        except Exception as error:
+            # Whatever the engine objects to is a verdict on the adapter; a dead engine is told by /health.
+            self.store.discard(folder)
+            raise Refusal(f"the engine refused it: {str(error).removeprefix(FAILED_CALL)}") from error
+        number = self._versions[name].number + 1 if name in self._versions else 1
+        stored = self.store.set_current(name, folder, number)
+        self._versions[name] = Version(number, checked.rank, stored.created, True)
+        self.models.lora_requests[name] = new
+        if old is not None:
+            self._retire(old)
+
+    async def remove(self, name: str) -> None:
+        """Serve a name no longer; Refusal where there is none. Requests that run under it are not disturbed."""
+        async with self.models.lora_resolver_lock[name]:
+            old = self.models.lora_requests.pop(name, None)
+            if old is None:
+                raise Refusal(f"there is no adapter {name!r}", HTTPStatus.NOT_FOUND)
+            self._versions.pop(name, None)
+            self.store.forget(name)
+            self._retire(old)
+
+    def check_name(self, name: str) -> None:
+        """Refusal unless a client may give an adapter this name."""
+        if not NAME.fullmatch(name):
+            raise Refusal(
+                f"{name!r} is no name for an adapter: letters, digits, '.', '_' and '-', at most 96, the first a "
+                "letter or a digit"
+            )
+        if self.models.is_base_model(name):
+            raise Refusal(f"{name!r} is the base model's name", HTTPStatus.CONFLICT)
+
+    def _retire(self, old: Any) -> None:
+        self.retiring[old.lora_int_id] = old.lora_name
+        task = asyncio.create_task(self._unload(old, adapter_registry.known(old).acts[Kind.GENERATED]))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _unload(self, old: Any, decodes: bool) -> None:
+        number = old.lora_int_id
+        while (self.in_flight().all if decodes else self.in_flight().prefilling)[number]:
+            await asyncio.sleep(POLL)
+        await self.engine.remove_lora(number)
+        while self.in_flight().all[number]:
+            await asyncio.sleep(POLL)
+        await asyncio.sleep(GRACE)
+        while self.in_flight().all[number]:
+            await asyncio.sleep(POLL)
+        await self.engine.remove_lora(number)  # a preempted or a late request may have loaded it again
+        await asyncio.to_thread(self.store.discard, Path(old.lora_path))
+        del self.retiring[number]
+
+    def in_flight(self) -> InFlight:
+        """Unfinished requests of the server by adapter id."""
+        states = [
+            s for s in self.engine.output_processor.request_states.values() if s.lora_request is not None
+        ]
+        return InFlight(
+            Counter(s.lora_request.lora_int_id for s in states),
+            Counter(s.lora_request.lora_int_id for s in states if s.is_prefilling),
+        )
+
+    def rows(self) -> Iterator[tuple[Any, Version]]:
+        """vLLM's LoRARequest and the version of every adapter; of those vLLM's own routes brought, what is known."""
+        for name, request in self.models.lora_requests.items():
+            yield request, self._versions.get(name, Version(1, None, None, False))

@@ -1,0 +1,108 @@
+"""What a request brings: two files of a form, or the path of a folder on the server; within the size limit.
+
+Files are taken by the names an adapter's files have, so what a client calls them never becomes a path. The limit holds
+for the body as it arrives, whatever the client says about its length.
+"""
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from preft.formats import WEIGHTS_FILE
+from preft.serve.catalog import Refusal
+from preft.serve.endpoint import ServeSettings
+from preft.serve.guard import allowed_folder
+from preft.serve.store import Store
+from preft.vllm.identity import CONFIG_FILE
+
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
+MAX_JSON = 64 * 1024
+
+
+class Upload(NamedTuple):
+    """An adapter's name and the folder of the store in which its files wait."""
+
+    name: str
+    staged: Path
+
+
+async def receive(request: Any, settings: ServeSettings, name: str | None) -> Upload:
+    """Read a request's body into a staged folder; Refusal where it is no adapter. `name` is the path's, if any."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    if kind == "multipart/form-data":
+        return await _from_form(request, settings.store, settings.max_upload, name)
+    if kind == "application/json":
+        return await _from_path(request, settings, name)
+    raise Refusal(
+        f"send multipart/form-data with the files {' and '.join(FILES)}, or application/json; not {kind!r}",
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    )
+
+
+async def _from_form(request: Any, store: Store, limit: int, name: str | None) -> Upload:
+    from starlette.formparsers import MultiPartException, MultiPartParser
+
+    parser = MultiPartParser(request.headers, _limited(request.stream(), limit), max_files=2, max_fields=4)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Refusal(f"the form cannot be read: {error.message}") from error
+    try:
+        files = {item.filename: item for item in form.getlist("files") if hasattr(item, "filename")}
+        if sorted(files) != sorted(FILES):
+            raise Refusal(f"field `files` must bring {' and '.join(FILES)}; it brings {sorted(files)}")
+        name = _name(name, form.get("name"))
+        staged = store.stage()
+        for file_name in FILES:
+            await asyncio.to_thread(_write, files[file_name].file, staged / file_name)
+        return Upload(name, staged)
+    finally:
+        await form.close()
+
+
+async def _from_path(request: Any, settings: ServeSettings, name: str | None) -> Upload:
+    raw = b"".join([chunk async for chunk in _limited(request.stream(), MAX_JSON)])
+    try:
+        body = json.loads(raw)
+    except ValueError as error:
+        raise Refusal(f"the body is no JSON: {error}") from error
+    if not isinstance(body, dict) or not isinstance(body.get("path"), str):
+        raise Refusal('a JSON body is {"name": ..., "path": folder on the server}')
+    folder = allowed_folder(body["path"], settings.local_paths)
+    name = _name(name, body.get("name"))
+    if missing := [file for file in FILES if not (folder / file).is_file()]:
+        raise Refusal(f"{body['path']!r} has no {' and no '.join(missing)}")
+    staged = settings.store.stage()
+    for file in FILES:
+        await asyncio.to_thread(shutil.copyfile, folder / file, staged / file)
+    return Upload(name, staged)
+
+
+def _name(from_path: str | None, from_body: Any) -> str:
+    if from_path is not None:
+        return from_path
+    if not isinstance(from_body, str):
+        raise Refusal("the field `name` is missing")
+    return from_body
+
+
+def _write(source: Any, target: Path) -> None:
+    source.seek(0)
+    with target.open("wb") as file:
+        shutil.copyfileobj(source, file)
+
+
+async def _limited(stream: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+    size = 0
+    async for chunk in stream:
+        size += len(chunk)
+        if size > limit:
+            raise Refusal(
+                f"the upload is larger than {limit / 2**20:g} MiB (--max-upload-mb)",
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            )
+        yield chunk
