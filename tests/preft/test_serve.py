@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from preft.vllm import metrics
 from preft.vllm.mapping import KINDS, map_step
 from preft.vllm.metrics import DECODE, OTHERS, PREFILL, SchedulerCounts, WorkerCounts
 from shared.errors import UserError
-from shared.models import Model
+from shared.models import Model, ModelConfig
 from shared.tokens import Phase
 
 pytestmark = pytest.mark.xdist_group("vllm")
@@ -118,10 +119,22 @@ def test_a_bad_option_ends_the_command_at_once(tmp_path: Path, capsys: pytest.Ca
     assert "no adapter_config.json there" in capsys.readouterr().err
 
 
+def test_a_port_in_use_is_said_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "tinyworld", "--port", port, "--store", str(tmp_path / "store")]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
 def test_the_check_needs_no_weights_of_the_model(
     model: Model, model_folder: Path, folders: dict[str, Path]
 ) -> None:
-    hf = bare_model(str(model_folder))
+    hf = bare_model(ModelConfig(str(model_folder)))
     assert all(parameter.device.type == "meta" for parameter in hf.parameters())
     check = AdapterCheck(hf, model.fingerprint, 16)
     for name, folder in folders.items():
@@ -190,7 +203,7 @@ def small(
     """A catalog over stand-ins for vLLM's engine and table, with a short grace."""
     monkeypatch.setattr(catalog_module, "GRACE", 0.02)
     monkeypatch.setattr(catalog_module, "POLL", 0.005)
-    check = AdapterCheck(bare_model(str(model_folder)), model.fingerprint, 16)
+    check = AdapterCheck(bare_model(ModelConfig(str(model_folder))), model.fingerprint, 16)
     with Store(tmp_path / "store") as store:
         yield Catalog(Models(), Engine(), check, store)
 

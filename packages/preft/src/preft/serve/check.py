@@ -13,6 +13,7 @@ from typing import Any
 from preft.adapters import AdapterError
 from preft.formats import WEIGHTS_FILE, load_adapter
 from preft.vllm.identity import CONFIG_FILE, AdapterIdentity, read_identity
+from shared.models import ModelConfig
 
 LARGEST_FINGERPRINTED = 4_000_000_000  # parameters; above, the operator gives the fingerprint or does without
 
@@ -75,23 +76,22 @@ def _reason(error: Exception) -> str:
     return f"{CONFIG_FILE} cannot be used: {what}"
 
 
-def bare_model(folder: str, trust_remote_code: bool = False) -> Any:
+def bare_model(config: ModelConfig) -> Any:
     """The Hugging Face model of a folder or hub id on the meta device: all modules and shapes, no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    trust = config.trust_remote_code
+    hf_config = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=trust)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust)
 
 
-def fingerprint_of(folder: str, hf: Any) -> str | None:
-    """The fingerprint of the model in a folder, or None where reading all weights for it would take too much memory."""
+def fingerprint_of(config: ModelConfig, hf: Any) -> str | None:
+    """A model's fingerprint, or None where reading all of its weights would take too much memory."""
     from shared.fingerprint import fingerprint
     from shared.loading import load_hf
-    from shared.models import ModelConfig
 
     if sum(parameter.numel() for parameter in hf.parameters()) > LARGEST_FINGERPRINTED:
         return None
-    loaded, _, _ = load_hf(ModelConfig(folder, dtype="auto", device="cpu"))
-    return fingerprint(loaded)
+    return fingerprint(load_hf(config)[0])

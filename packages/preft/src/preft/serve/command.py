@@ -6,9 +6,11 @@ so those win over the defaults here.
 
 import argparse
 import os
+import socket
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fingerprint", default="auto", help="the base model's: auto, skip, or 16 hex digits (default: auto)"
     )
+    add("--revision", help="revision of a Hugging Face id")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
 
@@ -69,14 +72,23 @@ def main(arguments: Namespace) -> int:
     """Serve until SIGTERM or SIGINT; returns 0 after an orderly end."""
     given = adapter_folders(arguments.adapters)
     _check_installed()
+    _check_port(arguments.host, arguments.port)
     if api_key := arguments.api_key or os.environ.get(API_KEY):
         os.environ["VLLM_API_KEY"] = api_key  # not among vLLM's arguments, which it logs
     with Store(Path(arguments.store)) as store, tempfile.TemporaryDirectory(prefix="innerworks-") as scratch:
-        folder = model_folder(ModelConfig(arguments.model), Path(scratch))
+        config = ModelConfig(
+            arguments.model,
+            dtype="auto",
+            device="cpu",
+            revision=arguments.revision,
+            trust_remote_code="--trust-remote-code" in arguments.passed_on,
+        )
+        folder = model_folder(config, Path(scratch))
         folders = given | {name: stored.folder for name, stored in store.current.items()}
         rank = engine_rank(arguments.max_lora_rank, folders)
-        hf = bare_model(folder)
-        check = AdapterCheck(hf, _fingerprint(arguments.fingerprint, folder, hf), rank)
+        config = replace(config, name=folder)
+        hf = bare_model(config)
+        check = AdapterCheck(hf, _fingerprint(arguments.fingerprint, config, hf), rank)
         settings = ServeSettings(
             check,
             store,
@@ -135,9 +147,9 @@ def check_all(check: AdapterCheck, folders: dict[str, Path]) -> dict[str, Checke
     return checked
 
 
-def _fingerprint(choice: str, folder: str, hf: object) -> str | None:
+def _fingerprint(choice: str, config: ModelConfig, hf: object) -> str | None:
     if choice == "auto":
-        return fingerprint_of(folder, hf)
+        return fingerprint_of(config, hf)
     return None if choice == "skip" else choice
 
 
@@ -145,6 +157,7 @@ def vllm_options(arguments: Namespace, folder: str, adapters: dict[str, Path], r
     """The command line of vLLM's server."""
     options = [
         *("--model", folder, "--served-model-name", arguments.model),
+        *(["--revision", arguments.revision] if arguments.revision else []),
         *("--host", arguments.host, "--port", str(arguments.port)),
         *("--shutdown-timeout", str(arguments.drain_seconds)),
         *("--enable-lora", "--max-loras", str(arguments.max_loras), "--max-lora-rank", str(rank)),
@@ -165,6 +178,19 @@ def _machine_options() -> list[str]:
     return ["--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni", *cache]
 
 
+def _check_port(host: str, port: int) -> None:
+    """UserError if the server could not listen there, said before the model is loaded."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {host}:{port} ({error.strerror}); give another --port"
+            ) from error
+
+
 def _check_installed() -> None:
     """UserError unless vLLM will find the endpoint: the installation may be older than its entry point."""
     if PLUGIN not in entry_points(group=GROUP).names:
@@ -173,6 +199,11 @@ def _check_installed() -> None:
 
 def _allow_plugins() -> None:
     """vLLM loads an endpoint plugin only by name; name the others too, which it would load without any list."""
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if chosen is not None and PLUGIN not in chosen.split(","):
+        raise UserError(
+            f"VLLM_PLUGINS={chosen!r} leaves out {PLUGIN!r}, which preft serve needs: add it, or unset it"
+        )
     others = {
         entry.name
         for group in entry_points().groups
