@@ -178,10 +178,11 @@ def test_what_vllm_refuses_is_refused_here(
         read_adapter(tmp_path)
 
 
-def fake_lora(number: int) -> Any:
-    return SimpleNamespace(
-        lora_int_id=number, lora_path=f"/{number}", lora_name=str(number), load_inplace=False
-    )
+def one_of_many_versions(number: int) -> Any:
+    """All under one name, as while an adapter is being replaced: vLLM compares these by name."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("name", number, f"/{number}")
 
 
 @pytest.fixture
@@ -213,19 +214,13 @@ def test_runner_v1_maps_a_step() -> None:
     from vllm.v1.worker.gpu_input_batch import InputBatch
 
     adapter, prompt, computed, scheduled = columns()
-    loras = {number: fake_lora(number) for number in (1, 2, 3, 4)}
     batch = SimpleNamespace(
         num_reqs=len(REQUESTS),
         request_lora_mapping=adapter,
-        lora_id_to_lora_request=loras,
+        lora_id_to_lora_request={number: one_of_many_versions(number) for number in (1, 2, 3, 4)},
         num_prompt_tokens=prompt,
         num_computed_tokens_cpu=computed,
     )
-
-    class Hashable(SimpleNamespace):
-        __hash__ = object.__hash__
-
-    batch.lora_id_to_lora_request = {number: Hashable(**vars(lora)) for number, lora in loras.items()}
     sampled, tokens, active = InputBatch.make_lora_inputs(batch, scheduled, np.ones_like(scheduled))
     assert tokens == TOKENS
     assert sampled == SAMPLED
@@ -237,14 +232,11 @@ def test_runner_v1_maps_a_step() -> None:
 def test_runner_v2_maps_a_step_in_its_own_order() -> None:
     from vllm.v1.worker.gpu.lora_utils import LoraState, get_num_active_loras_for_dispatch
 
-    class Hashable(SimpleNamespace):
-        __hash__ = object.__hash__
-
     order = [4, 0, 3, 1, 5, 2]  # where the persistent state keeps each request of the batch
     state = LoraState(max_num_reqs=8)
     prompt_len, computed_np = np.zeros(8, dtype=np.int32), np.zeros(8, dtype=np.int32)
     for place, (number, prompt, computed, _) in zip(order, REQUESTS):
-        lora = Hashable(**vars(fake_lora(number))) if number else None
+        lora = one_of_many_versions(number) if number else None
         state.add_request(f"r{place}", place, lora)
         prompt_len[place], computed_np[place] = prompt, computed
     ids = [f"r{place}" for place in order]
