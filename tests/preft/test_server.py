@@ -131,7 +131,7 @@ def spoil_config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], N
 def spoil_tensors(change: Callable[[dict[str, torch.Tensor], str], None]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
-        change(tensors, next(name for name in tensors if name.endswith("q_proj.lora_A.weight")))
+        change(tensors, next(name for name in tensors if "q_proj" in name and name.endswith("_A.weight")))
         save_file(tensors, folder / WEIGHTS)
 
     return spoil
@@ -154,7 +154,7 @@ BAD = {
     "rank too high": (spoil_config(lambda config: config.update(r=10**9)), "--max-lora-rank"),
     "no rank": (spoil_config(lambda config: config.pop("r")), "'r' is missing"),
     "sticky": (spoil_config(lambda config: config["preft"].update(history="sticky")), "sticky"),
-    "not safetensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"pickle" * 99), "no safetensors"),
+    "not safetensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"pickle" * 99), "is damaged"),
     "not JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be used"),
 }
 

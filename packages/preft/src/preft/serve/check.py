@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from preft.adapter_files import WEIGHTS_FILE, read_tensors
 from preft.adapters import AdapterError
-from preft.formats import WEIGHTS_FILE, load_adapter
+from preft.formats import load_adapter
 from preft.vllm.identity import CONFIG_FILE, AdapterIdentity, read_identity
 from shared.models import ModelConfig
 
@@ -44,16 +45,9 @@ class AdapterCheck:
             raise AdapterError(_reason(error).replace(f"{folder}/", "")) from error
 
     def _checked(self, folder: Path) -> Checked:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         identity, rank = read_identity(folder), self._rank(folder)
-        try:
-            load_adapter(folder, self.hf, self.fingerprint)
-            tensors = load_file(folder / WEIGHTS_FILE)
-        except SafetensorError as error:
-            raise AdapterError(f"{WEIGHTS_FILE} is no safetensors file, or is cut short: {error}") from error
-        if wrong := [name for name, values in tensors.items() if not values.isfinite().all()]:
+        load_adapter(folder, self.hf, self.fingerprint)
+        if wrong := [name for name, values in read_tensors(folder).items() if not values.isfinite().all()]:
             raise AdapterError(f"{WEIGHTS_FILE} holds values that are not finite, in {', '.join(wrong[:8])}")
         return Checked(identity, rank)
 

@@ -31,7 +31,7 @@ class EngineCollector:
         """Join the registry that vLLM's page shows."""
         from prometheus_client import REGISTRY
 
-        REGISTRY.register(self)  # type: ignore[arg-type]
+        REGISTRY.register(self)
 
     async def fresh(self) -> Snapshot:
         """The counts, at most `KEPT` seconds old; the last ones once the engine no longer answers."""

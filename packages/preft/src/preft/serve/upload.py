@@ -7,12 +7,12 @@ for the body as it arrives, whatever the client says about its length.
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preft.formats import WEIGHTS_FILE
+from preft.adapter_files import WEIGHTS_FILE
 from preft.serve.catalog import Refusal
 from preft.serve.endpoint import ServeSettings
 from preft.serve.guard import allowed_folder
@@ -44,6 +44,7 @@ async def receive(request: Any, settings: ServeSettings, name: str | None) -> Up
 
 
 async def _from_form(request: Any, store: Store, limit: int, name: str | None) -> Upload:
+    from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
 
     parser = MultiPartParser(request.headers, _limited(request.stream(), limit), max_files=2, max_fields=4)
@@ -52,7 +53,8 @@ async def _from_form(request: Any, store: Store, limit: int, name: str | None) -
     except MultiPartException as error:
         raise Refusal(f"the form cannot be read: {error.message}") from error
     try:
-        files = {item.filename: item for item in form.getlist("files") if hasattr(item, "filename")}
+        uploads = [item for item in form.getlist("files") if isinstance(item, UploadFile)]
+        files = {item.filename or "": item for item in uploads}
         if sorted(files) != sorted(FILES):
             raise Refusal(f"field `files` must bring {' and '.join(FILES)}; it brings {sorted(files)}")
         name = _name(name, form.get("name"))
@@ -96,7 +98,7 @@ def _write(source: Any, target: Path) -> None:
         shutil.copyfileobj(source, file)
 
 
-async def _limited(stream: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+async def _limited(stream: AsyncIterator[bytes], limit: int) -> AsyncGenerator[bytes, None]:
     size = 0
     async for chunk in stream:
         size += len(chunk)
