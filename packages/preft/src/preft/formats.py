@@ -84,8 +84,15 @@ def load_adapter(folder: Path | str, hf: nn.Module, fingerprint: str | None = No
 
 
 def tensor_faults(adapter: Adapter, found: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `found` (peft's names) from being the tensors of an adapter of this shape, one line a tensor."""
-    expected = adapter_tensors(adapter)
+    """What keeps `found` (peft's names) from being the tensors of an adapter of this shape, one line a tensor.
+
+    The adapter's values are not looked at: it may be on the meta device.
+    """
+    expected = {
+        name: tensor
+        for path, delta in adapter.parts()
+        for name, tensor in zip(factor_names(path, adapter.config), delta.factors())
+    }
     faults = [f"{name} is missing" for name in expected if name not in found]
     faults += [f"{name} is not in the model" for name in found if name not in expected]
     return faults + [
