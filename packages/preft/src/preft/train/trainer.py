@@ -89,8 +89,9 @@ class Hooks(TrainerCallback):
         elif self.adapter.config.method != "lora":
             retract_sharded_(self.adapter, self.whole)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse a loss that is no number; pass on what is one step's."""
+        logs: dict[str, float] = kwargs["logs"]
         if not math.isfinite(logs.get("loss", 0.0)):
             raise AdapterError(
                 f"the loss of step {state.global_step} is {logs['loss']}: lower learning_rate or max_grad_norm"
@@ -122,8 +123,8 @@ class AdapterTrainer(Trainer):
             model,
             args,
             data_collator=_only,
-            train_dataset=train,  # type: ignore[arg-type]
-            eval_dataset=heldout,  # type: ignore[arg-type]
+            train_dataset=train,
+            eval_dataset=heldout,
         )
         if self.is_fsdp_enabled and config.save_every:
             raise AdapterError(
@@ -147,13 +148,14 @@ class AdapterTrainer(Trainer):
         def rate(step: int) -> float:  # a plain function: a bound method would be pickled into the checkpoint
             return self.config.rate(step)
 
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
+        stepped: Any = optimizer or self.optimizer
+        self.lr_scheduler = LambdaLR(stepped, rate)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's loss, on the device that the Trainer adds losses on (the last block may be elsewhere)."""
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
         return loss.to(self.args.device)
 
     @torch.no_grad()
@@ -172,7 +174,7 @@ class AdapterTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter alone: as a folder to serve, and its exact state."""
         if self.args.should_save:
-            folder = save_adapter(self.adapter, output_dir or self.args.output_dir)
+            folder = save_adapter(self.adapter, str(output_dir or self.args.output_dir))
             save_file(self.adapter.state_dict(), folder / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
