@@ -1,7 +1,9 @@
 """The ground the plugin stands on: these fail, by name, when a vLLM release moves it."""
 
+import importlib
 import inspect
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +83,50 @@ def test_wrappers_show_the_signature_of_the_original(patch: plugin.Patch) -> Non
     assert inspect.signature(function) == inspect.signature(function._innerworks_original)
 
 
+READ = {
+    "v1.worker.gpu_input_batch:InputBatch": (
+        "num_reqs request_lora_mapping lora_id_to_lora_request num_prompt_tokens num_computed_tokens_cpu"
+    ),
+    "v1.request:Request": (
+        "lora_request num_computed_tokens num_prompt_tokens num_preemptions block_hashes update_block_hashes"
+    ),
+    "v1.core.sched.scheduler:Scheduler": (
+        "running requests prev_step_scheduled_req_ids _free_request_blocks lora_config kv_cache_manager"
+    ),
+    "v1.engine.core:EngineCore": "scheduler",
+    "v1.worker.gpu_model_runner:GPUModelRunner": "lora_config input_batch",
+    "v1.worker.gpu.model_runner:GPUModelRunner": "lora_config lora_state req_states",
+    "v1.worker.gpu.lora_utils:LoraState": "lora_ids lora_requests get_activate_loras make_lora_inputs",
+    "v1.worker.gpu.states:RequestState": "prompt_len num_computed_tokens_np req_id_to_index",
+    "lora.model_manager:LoRAModelManager": (
+        "lora_index_to_id punica_wrapper_mapping supported_lora_modules model modules"
+    ),
+    "lora.worker_manager:WorkerLoRAManager": "_adapter_manager",
+    "lora.request:LoRARequest": "lora_name lora_int_id lora_path load_inplace",
+    "config.lora:LoRAConfig": "max_loras lora_dtype target_modules",
+    "lora.punica_wrapper.punica_cpu:PunicaWrapperCPU": (
+        "_token_lora_indices _sampler_indices _sampler_indices_padded _embeddings_indices indices_len no_lora "
+        "is_prefill sampler_indices add_shrink add_expand add_lora_linear add_lora_embedding add_lora_logits"
+    ),
+    "model_executor.layers.linear:LinearBase": "output_size",
+}
+
+
+@pytest.mark.parametrize(("place", "names"), READ.items(), ids=READ)
+def test_what_the_wrappers_read_is_there(place: str, names: str) -> None:
+    """Attributes of vLLM's objects, set in their code (`self.name = ...`) or declared in their class."""
+    module, _, owner = place.partition(":")
+    cls = getattr(importlib.import_module(f"vllm.{module}"), owner)
+    source = "".join(inspect.getsource(base) for base in cls.__mro__ if base.__module__.startswith("vllm"))
+    assigned = set(re.findall(r"\bself\.(\w+)(?::[^=\n]+)?\s*=", source)) | set(
+        re.findall(r"self\.(\w+): ", source)
+    )
+    declared = {name for base in cls.__mro__ for name in vars(base)} | set(
+        getattr(cls, "__annotations__", {})
+    )
+    assert not set(names.split()) - assigned - declared
+
+
 class TestAssumptions:
     """What the wrappers rely on inside functions they do not replace."""
 
@@ -116,8 +162,6 @@ class TestAssumptions:
 
     @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
     def test_decoder_layers_return_hidden_and_residual(self, name: str) -> None:
-        import importlib
-
         from preft.vllm.residual import PAIR_LAYERS
 
         module = importlib.import_module(f"vllm.model_executor.models.{name}")
@@ -251,7 +295,34 @@ def test_runner_v2_maps_a_step_in_its_own_order() -> None:
     assert {lora.lora_int_id for lora in active} == {1, 2, 3, 4}
     decoding = [ids[1]]  # a prefill-only adapter on a decoding request: the base graph
     assert get_num_active_loras_for_dispatch(object(), state, decoding, False) == 0
-    assert get_num_active_loras_for_dispatch(object(), state, ids, False) == 4
+    assert get_num_active_loras_for_dispatch(object(), state, ids, False) == 5  # and tokens without any
+
+
+@pytest.mark.parametrize("specialised", [False, True])
+@pytest.mark.usefixtures("phases")
+def test_specialised_graphs_reach_the_last_slot(specialised: bool) -> None:
+    """V2's own dispatch: a step of n adapters and plain tokens needs a graph for n + 1 ids, "no adapter" being one."""
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+    from vllm.v1.worker.gpu.lora_utils import (
+        LoraState,
+        get_lora_capture_cases,
+        get_num_active_loras_for_dispatch,
+    )
+
+    lora_config = SimpleNamespace(max_loras=4, specialize_active_lora=specialised)
+    manager: Any = object.__new__(CudaGraphManager)
+    manager.lora_capture_cases = get_lora_capture_cases(
+        lora_config, SimpleNamespace(cudagraph_specialize_lora=True)
+    )
+    manager._lora_dispatch_map, manager._max_lora_case = manager._build_lora_dispatch_map()
+    manager._graphs_captured = False
+    for active in range(5):
+        state = LoraState(max_num_reqs=8)
+        state.get_activate_loras = lambda req_ids, active=active: set(range(active))
+        count = get_num_active_loras_for_dispatch(lora_config, state, [], False)
+        graph = manager.dispatch(8, 8, None, count).num_active_loras
+        assert graph in manager.lora_capture_cases
+        assert graph == 0 if active == 0 else graph >= active + 1
 
 
 def test_a_step_without_adapted_tokens_replays_the_base_graph() -> None:

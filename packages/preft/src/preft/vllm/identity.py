@@ -234,6 +234,20 @@ class AdapterRegistry:
         parts = {part for identity in known if identity.parts is not None for part in identity.parts}
         return {part_id(part.digest) for part in parts if part} if parts else {lora_int_id}
 
+    def current(self, lora_request: Any) -> AdapterIdentity | None:
+        """The identity as last read; None for an adapter that is not known here."""
+        return self._known.get(_key(lora_request))
+
+    def check_reload(self, lora_request: Any) -> None:
+        """ValueError if the files now hold an adapter for other tokens: requests are under way with the old one."""
+        known, new = self.current(lora_request), read_identity(_folder(lora_request))
+        if known is not None and new.acts != known.acts:
+            raise ValueError(
+                f"adapter {lora_request.lora_name!r} was loaded with phase {known.phase.value!r}, and "
+                f"{lora_request.lora_path} now holds one of phase {new.phase.value!r}, which acts on other tokens; "
+                "load it under another id"
+            )
+
     def forget(self, lora_int_id: int) -> None:
         """Drop what is known of an id, under every path."""
         self._known = {key: value for key, value in self._known.items() if key[0] != lora_int_id}

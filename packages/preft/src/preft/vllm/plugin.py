@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from preft.vllm import memory_worker, metrics, runner, scheduling, strict, triton_wrapper
+from preft.vllm import memory_worker, metrics, renewal, runner, scheduling, strict, triton_wrapper
 
 MARK = "_innerworks_original"
 WRITTEN_FOR = "0.32"
@@ -29,7 +29,7 @@ class Called(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """One method to wrap: where it is, the parameters it must have, and the wrapper's maker."""
+    """One method, or function (owner ""), to wrap: where it is, the parameters it must have, the wrapper's maker."""
 
     module: str
     owner: str
@@ -59,6 +59,13 @@ PATCHES = (
         "get_activate_loras",
         ("self", "req_ids"),
         runner.get_activate_loras_v2,
+    ),
+    Patch(
+        "vllm.v1.worker.gpu.lora_utils",
+        "",
+        "get_num_active_loras_for_dispatch",
+        ("lora_config", "lora_state", "req_ids", "dummy_run"),
+        runner.dispatch_count_v2,
     ),
     Patch(
         "vllm.v1.worker.lora_model_runner_mixin",
@@ -157,7 +164,7 @@ PATCHES = (
         ("self", "throttle_prefills"),
         metrics.counting_schedule,
     ),
-    Patch("vllm.v1.engine.core", "EngineCore", "add_lora", ("self", "lora_request"), scheduling.refreshing),
+    Patch("vllm.v1.engine.core", "EngineCore", "add_lora", ("self", "lora_request"), renewal.reloading),
     Patch("vllm.v1.engine.core", "EngineCore", "remove_lora", ("self", "lora_id"), scheduling.forgetting),
     Patch(
         "vllm.v1.engine.llm_engine", "LLMEngine", "add_lora", ("self", "lora_request"), scheduling.refreshing
@@ -180,13 +187,27 @@ PATCHES = (
         ("self", "lora_request"),
         scheduling.validating,
     ),
-)
-HASH_KEYS = Patch(
-    "vllm.v1.core.kv_cache_utils",
-    "",
-    "generate_block_hash_extra_keys",
-    ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
-    scheduling.with_block_keys,
+    Patch(
+        "vllm.v1.core.kv_cache_utils",
+        "",
+        "generate_block_hash_extra_keys",
+        ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+        scheduling.with_block_keys,
+    ),
+    Patch(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "_update_request_as_session",
+        ("self", "session", "update"),
+        renewal.rereading_sessions,
+    ),
+    Patch(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "_preempt_request",
+        ("self", "request", "timestamp", "drop_stale_output"),
+        renewal.rekeying_preempted,
+    ),
 )
 # Called, not wrapped: pushing adapters from memory goes through these.
 CALLED = (
@@ -224,8 +245,7 @@ def register() -> None:
             f"{'; '.join(moved)}. Install vllm=={WRITTEN_FOR}.*, or start vLLM without the plugin (VLLM_PLUGINS='')."
         )
     for patch in PATCHES:
-        _replace(_owner(patch), patch)
-    _replace_hash_keys()
+        _replace(patch)
     _use_own_operators()
     _add_methods()
     by_need = property(scheduling.get_lora_request, scheduling.set_lora_request)
@@ -235,7 +255,7 @@ def register() -> None:
 def moved_ground() -> list[str]:
     """The functions used here whose signature is not the expected one, each with what was found."""
     moved = []
-    for patch in (*PATCHES, HASH_KEYS, *CALLED):
+    for patch in (*PATCHES, *CALLED):
         function = getattr(_owner(patch), patch.name, None) or _missing
         original = inspect.unwrap(getattr(function, MARK, function))
         found = tuple(inspect.signature(original).parameters)
@@ -255,11 +275,18 @@ def _owner(patch: Patch | Called) -> Any:
     return getattr(module, patch.owner) if patch.owner else module
 
 
-def _replace(owner: Any, patch: Patch) -> None:
-    original = getattr(owner, patch.name)
+def _replace(patch: Patch) -> None:
+    """Put the wrapper in the original's place: in its class, or in every module that has imported the function."""
+    original = getattr(_owner(patch), patch.name)
     replacement: Any = _wrapped(patch, original)
-    # A class method comes bound to its class, and its wrapper takes what the bound one takes.
-    setattr(owner, patch.name, staticmethod(replacement) if inspect.ismethod(original) else replacement)
+    if patch.owner:
+        # A class method comes bound to its class, and its wrapper takes what the bound one takes.
+        bound = inspect.ismethod(original)
+        setattr(_owner(patch), patch.name, staticmethod(replacement) if bound else replacement)
+        return
+    for module in list(sys.modules.values()):
+        if module is not None and module.__dict__.get(patch.name) is original:
+            setattr(module, patch.name, replacement)
 
 
 def _wrapped(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,15 +294,6 @@ def _wrapped(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
     replacement = functools.update_wrapper(patch.wrap(original), original)
     setattr(replacement, MARK, original)
     return replacement
-
-
-def _replace_hash_keys() -> None:
-    """The function is imported by name elsewhere: replace it in every module that already holds it."""
-    original = getattr(_owner(HASH_KEYS), HASH_KEYS.name)
-    replacement = _wrapped(HASH_KEYS, original)
-    for module in list(sys.modules.values()):
-        if module is not None and module.__dict__.get(HASH_KEYS.name) is original:
-            setattr(module, HASH_KEYS.name, replacement)
 
 
 def _add_methods() -> None:

@@ -154,6 +154,22 @@ def get_activate_loras_v2(_: Callable[..., set[Any]]) -> Callable[..., list[Any]
     return get_activate_loras
 
 
+def dispatch_count_v2(original: Callable[..., int]) -> Callable[..., int]:
+    """V2's `get_num_active_loras_for_dispatch`: beside the step's adapters "no adapter" counts as one more.
+
+    Whether a plain token is among them is not known yet, and a graph for one id too many is slower but never wrong.
+    Dummy and capture runs count max_loras + 1 already.
+    """
+
+    def get_num_active_loras_for_dispatch(
+        lora_config: Any, lora_state: Any, req_ids: list[str], dummy_run: bool
+    ) -> int:
+        count = original(lora_config, lora_state, req_ids, dummy_run)
+        return count + 1 if count and not dummy_run else count
+
+    return get_num_active_loras_for_dispatch
+
+
 def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """`LoRAModelRunnerMixin.load_lora_model`: add the residual sites first, then give V2's LoraState its positions.
 

@@ -1,0 +1,388 @@
+"""The matrix: vLLM equals the masked Hugging Face reference, token for token, in every situation a scheduler creates.
+
+Columns are engines (fixture `engine`), rows are the tests. All kinds of adapters and the base model share each batch.
+`test_matrix_v2.py` runs the same file on Model Runner V2.
+"""
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from preft_cases import CONFIGS, Case, Checker, prompt, stir
+from preft_engine import V2, Driver, asynchronous_scheduling, few_blocks, scheduler
+
+from preft.adapters import Adapter
+from preft.formats import save_adapter
+from preft.reference import logprob_reference
+from shared.generation import Request, Sampling
+from shared.generation.vllm_engine import VLLMGenerator
+from shared.models import Model, ModelConfig
+
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+BLOCK, SLOTS = 32, 2
+COMMON: dict[str, Any] = {"max_num_seqs": 24, "max_num_batched_tokens": 1024, "max_model_len": 256}
+COMMON |= {"async_scheduling": False, "max_loras": SLOTS, "max_cpu_loras": 32, "block_size": BLOCK}
+COMMON |= {"num_gpu_blocks_override": 200}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+ENGINES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no_cache": {"enable_prefix_caching": False},
+    "ngram": {"speculative_config": NGRAM},
+    "async": {"async_scheduling": True},
+}
+PREFILL_ONLY = [name for name in CONFIGS if "_p_" in name]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(
+    request: pytest.FixtureRequest, model_folder: Path, folders: dict[str, Path]
+) -> Iterator[VLLMGenerator]:
+    with asynchronous_scheduling():
+        settings = COMMON | ENGINES[request.param]
+        with VLLMGenerator(ModelConfig(str(model_folder)), adapters=folders, **settings) as generator:
+            config = generator.llm.llm_engine.vllm_config
+            assert bool(config.scheduler_config.async_scheduling) == (request.param == "async")
+            assert config.use_v2_model_runner == V2
+            yield generator
+
+
+@pytest.fixture(autouse=True)
+def cold_cache(engine: VLLMGenerator) -> None:
+    # A step that raised leaves requests behind, over which the engine would loop for ever.
+    assert not engine.llm.llm_engine.has_unfinished_requests(), "an earlier test broke the engine"
+    engine.llm.reset_prefix_cache()
+
+
+def every_kind(length: int, step: int = 3) -> list[Case]:
+    return [Case(name, prompt(length + step * i, i)) for i, name in enumerate([None, *CONFIGS])]
+
+
+def test_the_adapters_change_the_answers(checker: Checker) -> None:
+    """Otherwise every comparison below would pass without them."""
+    for case in every_kind(20):
+        if case.adapter:
+            assert checker.reference(case, 16) != checker.reference(Case(None, case.prompt), 16)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_kind_in_one_batch_in_any_order(engine: VLLMGenerator, checker: Checker, seed: int) -> None:
+    cases = every_kind(20) + every_kind(41, step=5)
+    random.Random(seed).shuffle(cases)
+    checker.check(engine, cases)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, None])
+def test_prompts_computed_in_chunks(
+    engine: VLLMGenerator, checker: Checker, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunk:
+        monkeypatch.setattr(scheduler(engine).scheduler_config, "long_prefill_token_threshold", chunk)
+    checker.check(engine, every_kind(20), max_tokens=8)
+
+
+def test_chunks_cut_by_a_small_budget(
+    engine: VLLMGenerator, checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler(engine), "max_num_scheduled_tokens", 64)
+    checker.check(engine, every_kind(41, step=5), max_tokens=8)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_prompts_of_one_token(engine: VLLMGenerator, checker: Checker, length: int) -> None:
+    checker.check(engine, [Case(name, prompt(length, 3 + i)) for i, name in enumerate([None, *CONFIGS])])
+
+
+def test_prompt_lengths_around_blocks(engine: VLLMGenerator, checker: Checker) -> None:
+    names = [None, "lora_p_0", "reft_p_0", "lora_all", "lora_decode", "lora_boundary"]
+    for length in (BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK):
+        checker.check(engine, [Case(name, prompt(length, 3)) for name in names], max_tokens=8)
+
+
+def cached_tokens(engine: VLLMGenerator, case: Case) -> int:
+    """Tokens of a request that the prefix cache supplied."""
+    driver = Driver(engine)
+    driver.add("hit", case, max_tokens=1)
+    driver.run()
+    return driver.outputs["hit"].num_cached_tokens or 0
+
+
+def caches(engine: VLLMGenerator) -> bool:
+    return bool(engine.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
+
+
+def test_a_warm_cache_gives_what_a_cold_one_gives(engine: VLLMGenerator, checker: Checker) -> None:
+    cases = every_kind(70, step=4)
+    checker.check(engine, cases, max_tokens=8)
+    checker.check(engine, cases[::-1], max_tokens=8)
+    least = 2 * BLOCK if caches(engine) else 0
+    assert all(cached_tokens(engine, case) >= least for case in cases)
+
+
+def test_a_prompt_cached_but_for_one_token(engine: VLLMGenerator, checker: Checker) -> None:
+    names = [None, "lora_p_0", "reft_p_0", "lora_decode", "lora_boundary"]
+    checker.check(engine, [Case(name, prompt(2 * BLOCK, 9)) for name in names], max_tokens=4)
+    longer = [Case(name, (*prompt(2 * BLOCK, 9), 77)) for name in names]
+    checker.check(engine, longer, max_tokens=8)
+    assert cached_tokens(engine, longer[1]) == (2 * BLOCK if caches(engine) else 0)
+
+
+@pytest.mark.parametrize("length", [20, 40, 64])
+def test_the_second_turn_does_not_depend_on_the_cache(
+    engine: VLLMGenerator, checker: Checker, length: int
+) -> None:
+    """History is prompt again (policy recompute): generated tokens of turn 1 are adapted in turn 2."""
+    first = [Case(name, prompt(length, 7)) for name in (None, "lora_p_0", "reft_p_0", "lora_all")]
+    answers = checker.served(engine, first, 40)
+    second = [
+        Case(case.adapter, (*case.prompt, *answer, *prompt(9, 8))) for case, answer in zip(first, answers)
+    ]
+    checker.check(engine, second, max_tokens=8)
+    engine.llm.reset_prefix_cache()
+    checker.check(engine, second, max_tokens=8)
+
+
+def test_adapters_do_not_share_blocks_of_one_text(engine: VLLMGenerator, checker: Checker) -> None:
+    for name in [None, "lora_p_0", "reft_p_0", "lora_p_1", None, "lora_all", "lora_p_0"]:
+        checker.check(engine, [Case(name, prompt(80))], max_tokens=8)
+
+
+def test_a_decode_adapter_shares_the_base_models_prompt_blocks(engine: VLLMGenerator) -> None:
+    assert cached_tokens(engine, Case(None, prompt(70))) == 0
+    assert cached_tokens(engine, Case("lora_decode", prompt(70))) == (2 * BLOCK if caches(engine) else 0)
+    assert cached_tokens(engine, Case("lora_p_0", prompt(70))) == 0
+
+
+def test_a_short_prompt_leaves_no_false_block(engine: VLLMGenerator, checker: Checker) -> None:
+    """A prompt shorter than a block: block 0 is part adapted, part not, and has no parent to tell it by."""
+    names = ["lora_p_0", "reft_p_0", "lora_all", "lora_decode", "lora_boundary"]
+    turns = [Case(name, prompt(20, seed)) for name in names for seed in range(5, 9)]
+    answers = zip(turns, checker.served(engine, turns, 60))
+    texts = {case.adapter: (*case.prompt, *tokens) for case, tokens in answers if len(tokens) == 60}
+    assert len(texts) == len(names), "answers ended too soon to fill the block: choose other prompts"
+    for other in (None, "lora_p_1", *names):
+        checker.check(engine, [Case(other, text) for text in texts.values()], max_tokens=4)
+
+
+def test_preempted_requests_are_recomputed_as_they_were_computed(
+    engine: VLLMGenerator, checker: Checker
+) -> None:
+    """Prompt and generated tokens come back in one chunk; two slots make resumed requests queue for them again."""
+    names = ["lora_p_0", "reft_p_0", None, "lora_p_1", "lora_p_2", "lora_all"]
+    with few_blocks(engine, 10) as preempted:
+        for order in (names, names[::-1]):
+            checker.check(
+                engine, [Case(name, prompt(40 + i, i)) for i, name in enumerate(order)], max_tokens=40
+            )
+    assert set(PREFILL_ONLY) & set(preempted), f"no prefill-only request was preempted: {preempted}"
+
+
+def test_a_cache_reset_while_requests_run(engine: VLLMGenerator, checker: Checker) -> None:
+    """`reset_prefix_cache(reset_running_requests=True)` preempts all of them at once, output in flight dropped."""
+    cases = every_kind(30, step=5)
+    driver = Driver(engine)
+    for i, case in enumerate(cases):
+        driver.add(str(i), case)
+    for _ in range(3):
+        driver.steps(4)
+        assert scheduler(engine).reset_prefix_cache(reset_running_requests=True)
+    driver.run()
+    for i, case in enumerate(cases):
+        assert driver.tokens(str(i)) == checker.reference(case, 16), case.adapter
+
+
+def test_several_samples_share_one_adapted_prompt(engine: VLLMGenerator, checker: Checker) -> None:
+    cases = [Case(name, prompt(40)) for name in ("lora_p_0", "reft_p_0", "lora_decode", None)]
+    sampling = Sampling(max_tokens=6, temperature=1e-6, n=3, logprobs=None)
+    requests = [Request(list(case.prompt), adapter=case.adapter, seed=0) for case in cases]
+    for case, samples in zip(cases, engine.generate(requests, sampling), strict=True):
+        assert [sample.token_ids for sample in samples] == [checker.reference(case, 6)] * 3
+
+
+def test_one_request_for_several_samples(engine: VLLMGenerator, checker: Checker) -> None:
+    """vLLM's own n: one request that the engine fans out."""
+    driver = Driver(engine)
+    cases = {name: Case(name, prompt(45, 2)) for name in ("lora_p_1", "reft_p_1")}
+    for name, case in cases.items():
+        driver.add(name, case, max_tokens=6, n=3, temperature=1e-6, seed=0)
+    driver.run()
+    for name, case in cases.items():
+        found = [list(sample.token_ids) for sample in driver.outputs[name].outputs]
+        assert found == [checker.reference(case, 6)] * 3
+
+
+def test_cancelled_requests_disturb_no_other(engine: VLLMGenerator, checker: Checker) -> None:
+    """Cancelled while waiting for a slot, between chunks and while decoding; the rest are answered as before."""
+    cases = {str(i): case for i, case in enumerate(every_kind(30, step=5) + every_kind(44, step=3))}
+    driver = Driver(engine)
+    for name, case in cases.items():
+        driver.add(name, case)
+    for name in list(cases)[::3]:
+        driver.step()
+        driver.abort(name)
+        del cases[name]
+    driver.run()
+    for name, case in cases.items():
+        assert driver.tokens(name) == checker.reference(case, 16), case.adapter
+
+
+def test_adapters_swapped_while_others_decode(
+    engine: VLLMGenerator, checker: Checker, model: Model, adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    """Weights change under one name and id in mid-run: who decodes goes on, who comes next gets the new ones."""
+    from vllm.lora.request import LoRARequest
+
+    folder = tmp_path / "swapped"
+    versions = {"old": adapters["lora_p_0"], "new": stir(Adapter.create(model.hf, CONFIGS["lora_p_0"]), 77)}
+    checks = Checker(model, versions)
+    save_adapter(versions["old"], folder)
+    driver, number = Driver(engine), 90
+    decoding = {f"d{i}": Case("old", prompt(33 + i, i)) for i in range(3)}
+    for name, case in decoding.items():
+        driver.add(name, case, lora=LoRARequest("swapped", number, str(folder)))
+    driver.until_decoding(list(decoding))
+    shutil.rmtree(folder)
+    save_adapter(versions["new"], folder)
+    driver.engine.add_lora(LoRARequest("swapped", number, str(folder), load_inplace=True))
+    later = {f"n{i}": Case("new", prompt(33 + i, i)) for i in range(3)}
+    for name, case in later.items():
+        driver.add(name, case, lora=LoRARequest("swapped", number, str(folder)))
+    driver.run()
+    for name, case in (decoding | later).items():
+        assert driver.tokens(name) == checks.reference(case, 16), name
+    assert checks.reference(decoding["d0"], 16) != checks.reference(later["n0"], 16)
+    assert driver.engine.remove_lora(number)
+
+
+def test_adapters_swapped_while_others_are_read(
+    engine: VLLMGenerator,
+    model: Model,
+    adapters: dict[str, Adapter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No prompt is read by two versions: what is not read to its end begins anew; nor are old blocks taken for new."""
+    from vllm.lora.request import LoRARequest
+
+    folder, number, driver = tmp_path / "versions", 92, Driver(engine)
+    versions = [adapters["reft_p_0"], stir(Adapter.create(model.hf, CONFIGS["reft_p_0"]), 78)]
+    checks = Checker(model, {str(i): version for i, version in enumerate(versions)})
+    monkeypatch.setattr(scheduler(engine).scheduler_config, "long_prefill_token_threshold", 35)
+
+    def load(version: int, load_inplace: bool) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        save_adapter(versions[version], folder)
+        driver.engine.add_lora(LoRARequest("versions", number, str(folder), load_inplace=load_inplace))
+
+    load(0, load_inplace=False)
+    for turn, version in enumerate([1, 0, 1]):
+        names = [f"{name} of turn {turn}" for name in ("one", "two")]
+        for name in names:
+            driver.add(
+                name, Case(None, prompt(80, turn)), 8, lora=LoRARequest("versions", number, str(folder))
+            )
+        driver.steps(2)
+        assert all(0 < request.num_computed_tokens < 80 for request in scheduler(engine).running)
+        load(version, load_inplace=True)
+        driver.run()
+        for name in names:
+            assert driver.tokens(name) == checks.reference(Case(str(version), prompt(80, turn)), 8)
+    assert driver.engine.remove_lora(number)
+
+
+def test_new_weights_are_loaded_on_purpose_or_not_at_all(
+    engine: VLLMGenerator, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    folder, driver = tmp_path / "changed", Driver(engine)
+    shutil.copytree(folders["lora_p_0"], folder)
+    driver.add("first", Case(None, prompt(20)), 1, lora=LoRARequest("changed", 93, str(folder)))
+    driver.run()
+    shutil.rmtree(folder)
+    shutil.copytree(folders["lora_all"], folder)
+    with pytest.raises(ValueError, match="changed after they were loaded"):
+        driver.add("second", Case(None, prompt(20)), 1, lora=LoRARequest("changed", 93, str(folder)))
+    with pytest.raises(ValueError, match=r"was loaded with phase 'prefill'.*load it under another id"):
+        driver.engine.add_lora(LoRARequest("changed", 93, str(folder), load_inplace=True))
+    assert driver.engine.remove_lora(93)
+
+
+def test_a_folder_without_adapter_is_refused_and_the_engine_lives_on(
+    engine: VLLMGenerator, checker: Checker, tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    with pytest.raises(ValueError, match=r"has no adapter_config\.json"):
+        Driver(engine).add("bad", Case(None, prompt(20)), lora=LoRARequest("nothing", 94, str(tmp_path)))
+    checker.check(engine, [Case("lora_p_0", prompt(20))])
+
+
+def test_an_adapter_removed_while_its_requests_decode(
+    engine: VLLMGenerator, checker: Checker, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    folder = tmp_path / "gone"
+    shutil.copytree(folders["lora_p_0"], folder)
+    driver, case = Driver(engine), Case("lora_p_0", prompt(50, 1))
+    driver.add("decoding", case, lora=LoRARequest("gone", 91, str(folder)))
+    driver.until_decoding(["decoding"])
+    assert driver.engine.remove_lora(91)
+    shutil.rmtree(folder)
+    driver.run()
+    assert driver.tokens("decoding") == checker.reference(case, 16)
+
+
+def test_more_adapters_than_slots_decode_together(engine: VLLMGenerator, checker: Checker) -> None:
+    cases = {name: Case(name, prompt(25 + i, i)) for i, name in enumerate(PREFILL_ONLY)}
+    driver, together = Driver(engine), 0
+    for name, case in cases.items():
+        driver.add(name, case, max_tokens=24)
+    while driver.engine.has_unfinished_requests():
+        driver.step()
+        running = scheduler(engine).running
+        if all(request.num_computed_tokens >= request.num_prompt_tokens for request in running):
+            together = max(together, len({request._own_lora_request.lora_name for request in running}))
+    assert together == len(PREFILL_ONLY) > SLOTS
+    for name, case in cases.items():
+        assert driver.tokens(name) == checker.reference(case, 24)
+
+
+def test_all_token_adapters_wait_for_a_slot(engine: VLLMGenerator, checker: Checker) -> None:
+    names = ["lora_all", "reft_all", "lora_decode", "lora_boundary", "lora_p_0"]
+    checker.check(engine, [Case(name, prompt(25 + i, i)) for i, name in enumerate(names)])
+
+
+@pytest.mark.parametrize("length", [1, 20, 50])
+def test_log_probabilities(
+    engine: VLLMGenerator, model: Model, adapters: dict[str, Adapter], length: int
+) -> None:
+    """Of the answer's tokens and of the prompt's, to 1e-5 of the reference's."""
+    driver, cases = Driver(engine), {str(case.adapter): case for case in every_kind(length, step=2)}
+    for name, case in cases.items():
+        driver.add(name, case, max_tokens=10, logprobs=0, prompt_logprobs=0)
+    driver.run()
+    for name, case in cases.items():
+        output = driver.outputs[name]
+        adapter = adapters[case.adapter] if case.adapter else None
+        want = logprob_reference(model.hf, adapter, list(case.prompt), driver.tokens(name))
+        answer = [step[token].logprob for token, step in zip(driver.tokens(name), output.outputs[0].logprobs)]
+        text = [step[token].logprob for token, step in zip(case.prompt[1:], output.prompt_logprobs[1:])]
+        assert answer == pytest.approx(want.answer, abs=1e-5), name
+        assert text == pytest.approx(want.prompt, abs=1e-5), name
+
+
+def test_repetitive_prompts(engine: VLLMGenerator, checker: Checker) -> None:
+    """Text that n-gram speculation drafts from: several tokens a step are accepted, and the answers are the same."""
+    driver = Driver(engine)
+    cases = {str(name): Case(name, prompt(5, i) * 8) for i, name in enumerate([None, *CONFIGS])}
+    for name, case in cases.items():
+        driver.add(name, case, max_tokens=28)
+    driver.run()
+    for name, case in cases.items():
+        assert driver.tokens(name) == checker.reference(case, 28), name
+    speculates = engine.llm.llm_engine.vllm_config.speculative_config is not None
+    assert (driver.longest_advance > 1) == speculates
