@@ -1,13 +1,14 @@
 """An engine driven step by step, and the situations a scheduler creates, made on purpose."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 from preft_cases import Case
 
+from shared.generation.process_state import third_party_warnings_ignored
 from shared.generation.vllm_engine import VLLMGenerator
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"  # the plugin triton_on_cpu is at work
@@ -37,7 +38,9 @@ class Driver:
         self.engine.abort_request([name])
 
     def step(self) -> None:
-        for output in self.engine.step():
+        with third_party_warnings_ignored():
+            outputs = self.engine.step()
+        for output in outputs:
             before = self.outputs.get(output.request_id)
             known = len(before.outputs[0].token_ids) if before else 0
             self.longest_advance = max(self.longest_advance, len(output.outputs[0].token_ids) - known)
@@ -81,6 +84,21 @@ def few_blocks(generator: VLLMGenerator, count: int) -> Iterator[list[str]]:
             pool.free_blocks(taken)
 
 
+def allow_engines_after_numba() -> None:
+    """Let this process build engines after one that speculates by n-grams, for good.
+
+    Each engine of vLLM 0.32 looks through the attributes of all modules for Triton kernels, and takes an object of
+    llvmlite, which numba imports, for one with an ordinary `__dict__`.
+    """
+    from vllm.triton_utils import dispatcher
+
+    def namespace(value: Any) -> dict[str, Any]:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = namespace
+
+
 class Placeholder:
     """A CUDA event or stream where there is no device: everything has happened already."""
 
@@ -98,8 +116,8 @@ class Placeholder:
 
 
 @contextmanager
-def asynchronous_scheduling() -> Iterator[None]:
-    """Let an engine built and run inside keep `async_scheduling=True`, which vLLM's CPU platform turns off.
+def any_engine() -> Iterator[None]:
+    """Let engines built and run inside keep `async_scheduling=True`, which vLLM's CPU platform turns off.
 
     The runner's copies to the host are ordinary copies here, so only their events and streams need a stand-in.
     """
@@ -114,6 +132,7 @@ def asynchronous_scheduling() -> Iterator[None]:
         original(cls, config)
         config.scheduler_config.async_scheduling = wanted
 
+    allow_engines_after_numba()
     with ExitStack() as stack:
         for name in ("Event", "Stream", "current_stream", "stream"):
             stack.enter_context(mock.patch.object(torch.cuda, name, Placeholder))

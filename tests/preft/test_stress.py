@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from preft_cases import CONFIGS, Case, Checker, prompt, stir
-from preft_engine import V2, Driver, asynchronous_scheduling, few_blocks, scheduler
+from preft_engine import V2, Driver, any_engine, few_blocks, scheduler
 
 from preft.adapters import Adapter
 from preft.formats import save_adapter
@@ -50,7 +50,7 @@ def engine(
     settings: dict[str, Any] = {"max_num_seqs": 10, "max_num_batched_tokens": 256, "max_model_len": 128}
     settings |= {"num_gpu_blocks_override": 60, "block_size": 32, "max_loras": 2, "max_cpu_loras": 6}
     settings |= ENGINES[request.param]
-    with asynchronous_scheduling():
+    with any_engine():
         with VLLMGenerator(ModelConfig(str(model_folder)), adapters=folders, **settings) as generator:
             assert generator.llm.llm_engine.vllm_config.use_v2_model_runner == V2
             yield generator
@@ -116,6 +116,7 @@ class Story:
 
     def _throw_back(self) -> None:
         if self.random.random() < 0.3:
+            self.blocks.close()  # a reset wants all blocks back
             scheduler(self.engine).reset_prefix_cache(reset_running_requests=True)
 
     def _reload(self) -> None:

@@ -223,9 +223,7 @@ class AdapterRegistry:
 
     def refresh(self, lora_request: Any) -> AdapterIdentity:
         """Read the folder, or the path of an adapter in memory, again."""
-        path = lora_request.lora_path
-        identity = memory_identity(path) if is_memory_path(path) else read_identity(_folder(lora_request))
-        self._known[_key(lora_request)] = identity
+        identity = self._known[_key(lora_request)] = _read(lora_request)
         return identity
 
     def part_ids(self, lora_int_id: int) -> set[int]:
@@ -240,7 +238,7 @@ class AdapterRegistry:
 
     def check_reload(self, lora_request: Any) -> None:
         """ValueError if the files now hold an adapter for other tokens: requests are under way with the old one."""
-        known, new = self.current(lora_request), read_identity(_folder(lora_request))
+        known, new = self.current(lora_request), _read(lora_request)
         if known is not None and new.acts != known.acts:
             raise ValueError(
                 f"adapter {lora_request.lora_name!r} was loaded with phase {known.phase.value!r}, and "
@@ -254,6 +252,11 @@ class AdapterRegistry:
 
 
 worker_adapters = AdapterRegistry()  # of the process that runs the model
+
+
+def _read(lora_request: Any) -> AdapterIdentity:
+    path = lora_request.lora_path
+    return memory_identity(path) if is_memory_path(path) else read_identity(_folder(lora_request))
 
 
 def _key(lora_request: Any) -> tuple[int, str]:

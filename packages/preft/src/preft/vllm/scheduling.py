@@ -24,6 +24,7 @@ The key is taken from the request's own adapter, not from the property, so it do
 """
 
 from collections.abc import Awaitable, Callable, Iterator
+from functools import cache
 from typing import Any
 
 from preft.vllm.identity import AdapterIdentity, AdapterRegistry
@@ -74,14 +75,21 @@ def within_slots(original: Callable[..., int]) -> Callable[..., int]:
     ) -> int:
         by_kind = request.__dict__.get("_by_kind")
         decoding = num_computed_tokens >= request.num_prompt_tokens
+        end = num_computed_tokens + num_new_tokens
         if by_kind is not None and not (decoding and by_kind[Kind.GENERATED] is None):
             used = _used_in_step(scheduler)
-            num_new_tokens = fit_slots(
+            fitting = fit_slots(
                 request, num_computed_tokens, num_new_tokens, used, scheduler.lora_config.max_loras
             )
+            num_new_tokens = fitting if fitting == num_new_tokens or may_shrink(request, end) else 0
         return original(scheduler, request, num_computed_tokens, num_new_tokens)
 
     return _reserve_prefill_lookahead
+
+
+def may_shrink(request: Any, end: int) -> bool:
+    """Whether a chunk up to position `end` may be cut: not where vLLM padded it with drafts to admit a request."""
+    return end <= request.num_tokens or request.status.name == "RUNNING"
 
 
 def fit_slots(request: Any, computed: int, count: int, used: set[int], slots: int) -> int:
@@ -150,14 +158,31 @@ def with_block_keys(original: Callable[..., tuple[HashKeys, int]]) -> Callable[.
     return generate_block_hash_extra_keys
 
 
+@cache
+def refusal() -> type[ValueError]:
+    """The error of a request for an unusable adapter, built on first use because one of its bases imports vLLM.
+
+    As one of vLLM's errors of clients it passes through the asynchronous engine with its reason, which no other does.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    class AdapterRefused(VLLMValidationError, ValueError):
+        """The adapter of a request is missing, damaged or changed."""
+
+    return AdapterRefused
+
+
 def validating(original: Callable[..., None]) -> Callable[..., None]:
     """`InputProcessor._validate_lora` that refuses an unusable adapter before the engine has taken the request in."""
 
     def _validate_lora(processor: Any, lora_request: Any) -> None:
         original(processor, lora_request)
-        if lora_request is not None:
-            check_pushed(processor, lora_request)
-            adapter_registry.resolve(lora_request)
+        try:
+            if lora_request is not None:
+                check_pushed(processor, lora_request)
+                adapter_registry.resolve(lora_request)
+        except ValueError as error:
+            raise refusal()(str(error)) from error
 
     return _validate_lora
 
