@@ -65,6 +65,27 @@ class Driver:
 
 
 @contextmanager
+def chunks_of(generator: VLLMGenerator, size: int) -> Iterator[set[int]]:
+    """Let prompts be read `size` tokens a step while several requests are there; yields the sizes that occurred."""
+    owner, sizes = scheduler(generator), set[int]()
+    original = owner.schedule
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        for name, count in output.num_scheduled_tokens.items():
+            request = owner.requests[name]
+            if request.num_computed_tokens - count < request.num_prompt_tokens:
+                sizes.add(count)
+        return output
+
+    with (
+        mock.patch.object(owner.scheduler_config, "long_prefill_token_threshold", size),
+        mock.patch.object(owner, "schedule", schedule),
+    ):
+        yield sizes
+
+
+@contextmanager
 def few_blocks(generator: VLLMGenerator, count: int) -> Iterator[list[str]]:
     """Leave `count` free blocks in the cache; yields the names of the adapters of the requests preempted meanwhile."""
     owner = scheduler(generator)

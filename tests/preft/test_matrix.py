@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from preft_cases import CONFIGS, Case, Checker, prompt, stir
-from preft_engine import V2, Driver, any_engine, few_blocks, scheduler
+from preft_engine import V2, Driver, any_engine, chunks_of, few_blocks, scheduler
 
 from preft.adapters import Adapter
 from preft.formats import save_adapter
@@ -101,13 +101,18 @@ def test_every_kind_in_one_batch_in_any_order(engine: VLLMGenerator, checker: Ch
     checker.check(engine, cases)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16, None])
-def test_prompts_computed_in_chunks(
-    engine: VLLMGenerator, checker: Checker, chunk: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if chunk:
-        monkeypatch.setattr(scheduler(engine).scheduler_config, "long_prefill_token_threshold", chunk)
-    checker.check(engine, every_kind(20), max_tokens=8)
+@pytest.mark.parametrize("chunk", [1, 7, 16])
+def test_prompts_computed_in_chunks(engine: VLLMGenerator, checker: Checker, chunk: int) -> None:
+    with chunks_of(engine, chunk) as sizes:
+        checker.check(engine, every_kind(20), max_tokens=8)
+    assert max(sizes) == chunk
+
+
+def test_prompts_computed_whole(engine: VLLMGenerator, checker: Checker) -> None:
+    cases = every_kind(20)
+    with chunks_of(engine, 0) as sizes:
+        checker.check(engine, cases, max_tokens=8)
+    assert sizes >= {len(case.prompt) for case in cases if case.adapter is None or "_p_" in case.adapter}
 
 
 def test_chunks_cut_by_a_small_budget(
@@ -184,13 +189,13 @@ def test_a_decode_adapter_shares_the_base_models_prompt_blocks(engine: VLLMGener
 
 def test_a_short_prompt_leaves_no_false_block(engine: VLLMGenerator, checker: Checker) -> None:
     """A prompt shorter than a block: block 0 is part adapted, part not, and has no parent to tell it by."""
-    names = ["lora_p_0", "reft_p_0", "lora_all", "lora_decode", "lora_boundary"]
+    names = ["lora_p_0", "reft_p_0", "lora_decode"]
     turns = [Case(name, prompt(20, seed)) for name in names for seed in range(5, 9)]
-    answers = zip(turns, checker.served(engine, turns, 60))
-    texts = {case.adapter: (*case.prompt, *tokens) for case, tokens in answers if len(tokens) == 60}
+    answers = zip(turns, checker.served(engine, turns, 50))
+    texts = {case.adapter: (*case.prompt, *tokens) for case, tokens in answers if len(tokens) == 50}
     assert len(texts) == len(names), "answers ended too soon to fill the block: choose other prompts"
-    for other in (None, "lora_p_1", *names):
-        checker.check(engine, [Case(other, text) for text in texts.values()], max_tokens=4)
+    for name, text in texts.items():
+        checker.check(engine, [Case(other, text) for other in (None, "lora_p_1", name)], max_tokens=4)
 
 
 def test_preempted_requests_are_recomputed_as_they_were_computed(
@@ -288,7 +293,6 @@ def test_adapters_swapped_while_others_are_read(
     model: Model,
     adapters: dict[str, Adapter],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No prompt is read by two versions: what is not read to its end begins anew; nor are old blocks taken for new."""
     from vllm.lora.request import LoRARequest
@@ -296,7 +300,6 @@ def test_adapters_swapped_while_others_are_read(
     folder, number, driver = tmp_path / "versions", 92, Driver(engine)
     versions = [adapters["reft_p_0"], stir(Adapter.create(model.hf, CONFIGS["reft_p_0"]), 78)]
     checks = Checker(model, {str(i): version for i, version in enumerate(versions)})
-    monkeypatch.setattr(scheduler(engine).scheduler_config, "long_prefill_token_threshold", 35)
 
     def load(version: int, load_inplace: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -305,12 +308,11 @@ def test_adapters_swapped_while_others_are_read(
 
     load(0, load_inplace=False)
     for turn, version in enumerate([1, 0, 1]):
-        names = [f"{name} of turn {turn}" for name in ("one", "two")]
-        for name in names:
-            driver.add(
-                name, Case(None, prompt(80, turn)), 8, lora=LoRARequest("versions", number, str(folder))
-            )
-        driver.steps(2)
+        cases = {f"{i} of turn {turn}": Case(None, prompt(80, 2 * turn + i)) for i in range(2)}
+        for name, case in cases.items():
+            driver.add(name, case, 8, lora=LoRARequest("versions", number, str(folder)))
+        with chunks_of(engine, 35):
+            driver.steps(2)
         assert all(0 < request.num_computed_tokens < 80 for request in scheduler(engine).running)
         load(version, load_inplace=True)
         driver.run()
