@@ -24,6 +24,7 @@ class Driver:
     def __init__(self, generator: VLLMGenerator) -> None:
         self.generator, self.engine = generator, generator.llm.llm_engine
         self.outputs: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
         self.longest_advance = 0  # most tokens that one step added to one request
 
     def add(self, name: str, case: Case, max_tokens: int = 16, lora: Any = None, **sampling: Any) -> None:
@@ -41,10 +42,10 @@ class Driver:
         with third_party_warnings_ignored():
             outputs = self.engine.step()
         for output in outputs:
-            before = self.outputs.get(output.request_id)
-            known = len(before.outputs[0].token_ids) if before else 0
-            self.longest_advance = max(self.longest_advance, len(output.outputs[0].token_ids) - known)
-            self.outputs[output.request_id] = output
+            name, count = output.request_id, len(output.outputs[0].token_ids)
+            # An output's list of tokens is the engine's own and goes on growing.
+            self.longest_advance = max(self.longest_advance, count - self._counts.get(name, 0))
+            self.outputs[name], self._counts[name] = output, count
 
     def steps(self, count: int) -> None:
         for _ in range(count):

@@ -424,7 +424,7 @@ def test_log_probabilities(engine: VLLMGenerator, mild: Mild, model: Model, leng
 def test_repetitive_prompts(engine: VLLMGenerator, checker: Checker) -> None:
     """Text that n-gram speculation drafts from: several tokens a step are accepted, and the answers are the same."""
     driver = Driver(engine)
-    cases = {str(name): Case(name, prompt(5, i) * 8) for i, name in enumerate([None, *CONFIGS])}
+    cases = {str(name): Case(name, prompt(1, i) * 30) for i, name in enumerate([None, *CONFIGS])}
     for name, case in cases.items():
         driver.add(name, case, max_tokens=28)
     driver.run()
