@@ -9,6 +9,7 @@ import torch
 from preft_cases import CONFIGS, stir
 from safetensors.torch import load_file, save_file
 
+from preft.adapter_check import check_folder
 from preft.adapter_summary import summarise
 from preft.adapters import Adapter, AdapterConfig
 from preft.cli import main
@@ -151,6 +152,19 @@ def test_every_fault_of_an_adapter_is_named(
     ):
         assert fault in faults
     assert len(found["faults"]) == 6
+
+
+def test_a_model_without_weights_will_do(model: Model, folders: dict[str, Path], tmp_path: Path) -> None:
+    with torch.device("meta"):
+        bare = type(model.hf)(model.hf.config)
+    for folder in folders.values():
+        assert check_folder(folder, bare).ok
+        load_adapter(folder, bare)
+    folder = save_adapter(Adapter.create(model.hf, CONFIGS["reft_p_0"]), tmp_path / "a", fingerprint="0" * 16)
+    edit(folder, layers__1__residual_edit__preft_B__weight=torch.zeros(128, 4))
+    [other, flat] = check_folder(folder, bare, "f" * 16).faults
+    assert "with fingerprint 0000000000000000, this one has ffffffffffffffff" in other
+    assert "the rows of R are not orthonormal" in flat
 
 
 def test_what_cannot_be_served_is_a_fault(

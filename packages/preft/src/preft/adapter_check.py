@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from preft.adapter_config import AdapterConfig, AdapterError
 from preft.adapter_files import factor_names, read_adapter, read_tensors
@@ -19,7 +19,6 @@ from preft.adapters import ORTHONORMAL, Adapter
 from preft.formats import tensor_faults
 from preft.vllm.identity import check_history
 from shared.generation.vllm_arguments import LORA_RANKS
-from shared.models import Model
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,22 @@ class CheckReport:
         return not self.faults
 
 
-def check_folder(folder: Path | str, model: Model) -> CheckReport:
-    """Check an adapter folder against a model, point by point as in the module's docstring."""
+def check_folder(folder: Path | str, hf: nn.Module, fingerprint: str | None = None) -> CheckReport:
+    """Check an adapter folder against a Hugging Face model, point by point as in the module's docstring.
+
+    The model's weights are not looked at: it may be on the meta device. Without `fingerprint`, an adapter of any base
+    model that it fits is fine.
+    """
     try:
         saved, tensors = read_adapter(folder), read_tensors(folder)
-        adapter = Adapter.create(model.hf, saved.config)
+        adapter = Adapter.create(hf, saved.config)
     except AdapterError as error:
         return CheckReport([str(error)], None)
     faults = []
-    if saved.base_model_fingerprint not in (None, model.fingerprint):
+    if fingerprint and saved.base_model_fingerprint not in (None, fingerprint):
         faults.append(
-            f"it was trained on a base model with fingerprint {saved.base_model_fingerprint}, "
-            f"{model.config.name} has {model.fingerprint}"
+            f"it was trained on a base model with fingerprint {saved.base_model_fingerprint}, this one has "
+            f"{fingerprint}"
         )
     misfits = tensor_faults(adapter, tensors)
     faults += misfits

@@ -93,7 +93,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from preft.adapter_check import check_folder
     from shared.models import load
 
-    report = check_folder(arguments.folder, load(arguments.model))
+    model = load(arguments.model)
+    report = check_folder(arguments.folder, model.hf, model.fingerprint)
     if arguments.json:
         print(json.dumps(asdict(report) | {"ok": report.ok}))
     elif report.ok:
