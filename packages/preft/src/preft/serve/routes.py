@@ -8,6 +8,7 @@ PUT    /v1/adapters/NAME     a new one, or a new version under a name that exist
 DELETE /v1/adapters/NAME     serve it no longer
 """
 
+from collections import Counter
 from http import HTTPStatus
 from typing import Any
 
@@ -79,15 +80,22 @@ async def rows(request: Any, name: str | None = None) -> list[dict[str, Any]]:
     catalog: Catalog = request.app.state.adapters
     counts = await request.app.state.adapter_counts.fresh()
     flying = catalog.in_flight().all
+    older: Counter[str] = Counter()
+    for number, old in catalog.retiring.items():
+        older[old] += flying[number]
     return [
-        row(lora, version, counts, flying[lora.lora_int_id])
+        row(lora, version, counts)
+        | {
+            "requests_in_flight": flying[lora.lora_int_id],
+            "requests_under_older_versions": older[lora.lora_name],
+        }
         for lora, version in catalog.rows()
         if name in (None, lora.lora_name)
     ]
 
 
-def row(lora: Any, version: Version, counts: Snapshot, in_flight: int) -> dict[str, Any]:
-    """One adapter as a JSON object."""
+def row(lora: Any, version: Version, counts: Snapshot) -> dict[str, Any]:
+    """What an adapter is and where it is, as a JSON object."""
     identity, number = adapter_registry.known(lora), lora.lora_int_id
     weights = adapter_registry.part_ids(number)
     in_memory = "memory" if weights <= set(counts.slots.in_memory) else "disk"
@@ -102,6 +110,5 @@ def row(lora: Any, version: Version, counts: Snapshot, in_flight: int) -> dict[s
         "created": version.created,
         "stored": version.stored,
         "resident": "slot" if weights <= set(counts.slots.in_slot) else in_memory,
-        "requests_in_flight": in_flight,
         "adapted_tokens": counts.worker.by_adapter.get(lora.lora_name, {}),
     }
