@@ -224,7 +224,7 @@ def test_local_paths_are_those_the_operator_opened(
 def test_replacing_disturbs_no_running_request(
     server: Server, checker: Checker, folders: dict[str, Path]
 ) -> None:
-    """A prefill-only adapter: its old version is not even in memory while its request decodes."""
+    """The old version serves its request to the end, the new one all that come after."""
     old, new = Case("lora_p_1", prompt(50, 10)), Case("lora_p_2", prompt(50, 10))
     stream = server.stream("up", old.prompt, LONG)
     tokens = [*next(stream)]
