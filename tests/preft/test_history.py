@@ -13,7 +13,7 @@ from shared.history import History
 from shared.models import Model
 from shared.tokens import Phase, collate, encode_chat, pack
 
-METHODS = [AdapterConfig(rank=4), AdapterConfig("loreft", rank=4)]
+METHODS = [AdapterConfig(rank=4, target_modules=("k_proj", "down_proj")), AdapterConfig("loreft", rank=4)]
 
 
 @torch.no_grad()

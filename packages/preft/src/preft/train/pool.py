@@ -37,14 +37,14 @@ class Place(NamedTuple):
 def run_tasks(tasks: Mapping[str, Any], opener: Opener, places: Sequence[Place]) -> Iterator[Outcome]:
     """Outcomes of all tasks as they come, one process a place; UserError where a process cannot open its model."""
     waiting = deque(tasks)
-    workers: dict[Connection, _Worker] = {}
+    workers: dict[Any, _Worker] = {}  # by their connections
     try:
         for place in places[: len(tasks)]:
             worker = _Worker(opener, place)
             workers[worker.connection] = worker
         while workers:
             for connection in wait(list(workers)):
-                worker = workers.pop(connection)  # type: ignore[arg-type]
+                worker = workers.pop(connection)
                 outcome = worker.receive()
                 if outcome:
                     yield outcome
