@@ -179,8 +179,8 @@ def segmented_wrapper() -> type:
             super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
             self.token_runs: list[Segment] = []
             self.sampled_runs: list[Segment] = []
-            self._products: dict[tuple[int, int, torch.dtype], tuple[Product, ...]] = {}
-            self._ranks: dict[int, dict[int, int]] = {}
+            self._ranks: dict[int, dict[int, int]] = {}  # by slot, then by the address of a slot tensor
+            self._products: dict[int, dict[tuple[int, torch.dtype], tuple[Product, ...]]] = {}
 
         def update_metadata(
             self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **_: Any
@@ -202,8 +202,7 @@ def segmented_wrapper() -> type:
 
         def slot_filled(self, slot: int, ranks: dict[int, int]) -> None:
             """Another adapter is in a slot; `ranks` has its rank by the address of every slot tensor it uses."""
-            self._ranks[slot] = ranks
-            self._products = {key: products for key, products in self._products.items() if key[1] != slot}
+            self._ranks[slot], self._products[slot] = ranks, {}
 
         def runs_using(self, stacked: Tensor, runs: list[Segment]) -> list[Segment]:
             """The segments whose adapter uses a slot tensor."""
@@ -225,12 +224,12 @@ def segmented_wrapper() -> type:
                     add_single_tokens_(y, x, runs, a_stacked, b_stacked, ends)
                 return
             products = []
-            for run in runs:
-                key = (a_stacked[0].data_ptr(), run.slot, x.dtype)
-                if key not in self._products:
-                    ranks = [self._rank(a, run.slot) for a in a_stacked]
-                    self._products[key] = slot_products(a_stacked, b_stacked, ends, ranks, run.slot, x.dtype)
-                products.append(self._products[key])
+            for _, _, slot in runs:
+                known, key = self._products[slot], (a_stacked[0].data_ptr(), x.dtype)
+                if key not in known:
+                    ranks = [self._rank(a, slot) for a in a_stacked]
+                    known[key] = slot_products(a_stacked, b_stacked, ends, ranks, slot, x.dtype)
+                products.append(known[key])
             add_products_(y, x, runs, products)
 
         def add_shrink(self, y: Any, x: Tensor, lora_a_stacked: Any, scale: float, **_: Any) -> None:
