@@ -49,7 +49,7 @@ FAULTS = {
     "8 the step loops over its tokens": ("faults", "8_the_map_of_a_step_does_not_loop_over_tokens"),
     "9 loading ignores missing and unknown tensors": ("formats", "tensors_that_do_not_fit_are_named"),
     "10 an edit acts on all tokens": ("faults", "10_the_first_token_tells_the_phases_apart"),
-    "11 no route to the server": ("serve_process", "adapters_are_models_and_their_phase_is_kept"),
+    "11 no route to the server": ("server", "adapters_are_models_and_their_phase_is_kept"),
     "12 index -1 leaks the last slot": (
         "kernels",
         "stock_operators_still_have_the_faults_that_made_these_necessary",
