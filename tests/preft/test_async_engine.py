@@ -88,10 +88,12 @@ def client(model_folder: Path, folders: dict[str, Path], plugin: None) -> Iterat
             return AsyncLLM.from_engine_args(arguments)
 
         engine = loop.run(build())
+        sockets = engine.engine_core.resources.ctx
         try:
             yield Client(engine, loop, folders)
         finally:
             engine.shutdown()
+            sockets.destroy(linger=0)  # vLLM leaves that to the garbage collector, which warns
 
 
 def every_kind(length: int) -> list[Case]:
