@@ -1,8 +1,10 @@
 """Adapters pushed from memory into a running vLLM: every request is answered by the version it was submitted under."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import save
 
 from preft.adapters import Adapter, AdapterConfig, AdapterError
 from preft.vllm.identity import PHASE_SECTION, memory_identity, memory_path
-from preft.vllm.memory import Ledger, Package, ledger_of, push, remove
+from preft.vllm.memory import Ledger, Package, ledger_of, push, push_async, remove, remove_async
 from preft.vllm.memory_worker import held_by
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.history import History
@@ -274,6 +276,51 @@ def test_the_ledger_keeps_what_requests_name() -> None:
     assert ledger.droppable({2}) == [old]
     assert ledger.retired == []
     assert ledger.current == {"a": new}
+
+
+class FakeFront:
+    """The front end of an engine that holds nothing: what it was asked, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.input_processor = SimpleNamespace(lora_config=object())
+        self.output_processor = SimpleNamespace(request_states={})
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[None]:
+        self.asked.append((method, [one for one in args if not isinstance(one, int)]))
+        return [None]
+
+    def remove_lora(self, lora_id: int) -> bool:
+        self.asked.append("remove_lora")
+        return True
+
+
+class FakeAsyncFront(FakeFront):
+    """The same, as `AsyncLLM` answers."""
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[None]:  # type: ignore[override]
+        return super().collective_rpc(method, args)
+
+    async def remove_lora(self, lora_id: int) -> bool:  # type: ignore[override]
+        return super().remove_lora(lora_id)
+
+
+def test_the_asynchronous_engine_is_asked_the_same(versions: list[Adapter]) -> None:
+    front, async_front = FakeFront(), FakeAsyncFront()
+    for adapter in versions[:3]:
+        push(front, "policy", adapter)
+    remove(front, "policy")
+
+    async def same() -> None:
+        for adapter in versions[:3]:
+            await push_async(async_front, "policy", adapter)
+        await remove_async(async_front, "policy")
+
+    asyncio.run(same())
+    assert front.asked == async_front.asked
+    assert [asked for asked in front.asked if asked == "remove_lora"] == ["remove_lora"] * 2
+    with pytest.raises(AdapterError, match="enable_lora=True"):
+        push(SimpleNamespace(input_processor=SimpleNamespace(lora_config=None)), "policy", versions[0])
 
 
 def test_an_engine_in_another_process(

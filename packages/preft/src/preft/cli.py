@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("preft.train.command", "train one adapter on chats"),
     "train-many": ("preft.train.many", "train an adapter for every user of a folder"),
     "serve": ("preft.serve.command", "OpenAI-compatible server; adapters come and go while it serves"),
+    "rl": ("preft.rl.command", "train an adapter by reinforcement with verifiable rewards (GRPO)"),
 }
 
 

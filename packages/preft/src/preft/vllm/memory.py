@@ -65,7 +65,7 @@ class Ledger:
 
     current: "dict[str, LoRARequest]" = field(default_factory=dict)
     retired: "list[LoRARequest]" = field(default_factory=list)
-    numbers: Counter[str] = field(default_factory=Counter)  # versions pushed so far, by name
+    numbers: Counter[str] = field(default_factory=Counter)  # the last version's, by name
 
     def droppable(self, in_use: set[int]) -> "list[LoRARequest]":
         """Take out the retired versions that no unfinished request names."""
@@ -140,10 +140,12 @@ def _next_version(engine: Any, name: str, adapter: Adapter | Package, pin: bool)
             "this engine serves no adapters: start it with enable_lora=True (vllm serve: --enable-lora)"
         )
     package = adapter if isinstance(adapter, Package) else Package.of(adapter)
-    version = f"{name}@{ledger_of(engine.input_processor).numbers[name] + 1}"
     section = json.loads(package.config).get(PHASE_SECTION, {})
     if "parts" in section:
         raise AdapterError(f"adapter {name!r} has several parts, which are served from a folder only")
+    numbers = ledger_of(engine.input_processor).numbers
+    numbers[name] += 1  # at once: vLLM tells requests apart by name, and pushes may overlap
+    version = f"{name}@{numbers[name]}"
     path = memory_path(version, section, package.digest)
     try:
         memory_identity(path)
@@ -166,7 +168,6 @@ def _enter(engine: Any, name: str, request: "LoRARequest") -> "list[LoRARequest]
     idle = ledger.droppable(_in_use(engine))
     ledger.retire(name)
     ledger.current[name] = request
-    ledger.numbers[name] += 1
     return idle
 
 
