@@ -67,15 +67,19 @@ class Driver:
 
 @contextmanager
 def chunks_of(generator: VLLMGenerator, size: int) -> Iterator[set[int]]:
-    """Let prompts be read `size` tokens a step while several requests are there; yields the sizes that occurred."""
+    """Let prompts be read `size` tokens a step; yields the sizes that occurred.
+
+    vLLM reads a request that is there alone at once; such steps are left out.
+    """
     owner, sizes = scheduler(generator), set[int]()
     original = owner.schedule
 
     def schedule(*args: Any, **kwargs: Any) -> Any:
+        alone = sum(owner.get_request_counts()) == 1
         output = original(*args, **kwargs)
         for name, count in output.num_scheduled_tokens.items():
             request = owner.requests[name]
-            if request.num_computed_tokens - count < request.num_prompt_tokens:
+            if not alone and request.num_computed_tokens - count < request.num_prompt_tokens:
                 sizes.add(count)
         return output
 

@@ -124,7 +124,7 @@ def make_lora_inputs_v2(_: Callable[..., LoraInputs]) -> Callable[..., LoraInput
         prompt_R = state.request_states.prompt_len.np[idx_mapping]
         computed_R = state.request_states.num_computed_tokens_np[idx_mapping]
         if is_plain(requests, prompt_R, computed_R):
-            return (NO_ADAPTER,) * len(req_ids), (NO_ADAPTER,) * int(num_scheduled_tokens.sum()), set()
+            return (NO_ADAPTER,) * len(req_ids), (NO_ADAPTER,) * int(num_scheduled_tokens.sum()), []
         ones_R = np.ones_like(num_scheduled_tokens)
         step, active = step_of(adapter_R, requests, prompt_R, computed_R, num_scheduled_tokens, ones_R)
         return tuple(step.sampled_S.tolist()), tuple(step.token_K.tolist()), active
