@@ -14,7 +14,6 @@ from preft.adapter_summary import summarise
 from preft.adapters import Adapter, AdapterConfig
 from preft.cli import main
 from preft.formats import WEIGHTS_FILE, load_adapter, save_adapter
-from shared.history import History
 from shared.models import Model
 
 MODEL = "random:llama"
@@ -128,7 +127,7 @@ def test_a_sound_adapter_is_ok(
 def test_every_fault_of_an_adapter_is_named(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = AdapterConfig(rank=4, target_modules=("q_proj",), history=History.STICKY)
+    config = AdapterConfig(rank=4, target_modules=("q_proj",))
     folder = save_adapter(stir(Adapter.create(model.hf, config), 1), tmp_path / "a", fingerprint="0" * 16)
     edit(
         folder,
@@ -148,10 +147,9 @@ def test_every_fault_of_an_adapter_is_named(
         "layers.1.self_attn.q_proj.lora_A.weight has shape (2, 3), expected (4, 128)",
         "extra.lora_A.weight is not in the model",
         "layers.2.self_attn.q_proj.lora_A.weight holds values that are not finite",
-        "trained with history 'sticky'",
     ):
         assert fault in faults
-    assert len(found["faults"]) == 6
+    assert len(found["faults"]) == 5
 
 
 def test_a_model_without_weights_will_do(model: Model, folders: dict[str, Path], tmp_path: Path) -> None:

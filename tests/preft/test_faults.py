@@ -19,7 +19,7 @@ from preft_engine import Driver, scheduler
 
 from preft.adapters import Adapter, AdapterConfig
 from preft.formats import save_adapter
-from preft.vllm.mapping import map_step
+from preft.vllm.mapping import layout, map_step
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import Model, ModelConfig
 from shared.tokens import Phase
@@ -164,12 +164,11 @@ def test_8_the_map_of_a_step_does_not_loop_over_tokens() -> None:
     """As many Python calls for 8192 tokens of 64 requests as for 64."""
 
     def calls(scheduled: int) -> int:
-        adapter_RP = np.arange(1, 65)[:, None] * np.array([[1, 1, 0]])
-        start_RP = np.zeros((64, 1), dtype=np.int64) + np.array([[0, 49, 50]])
+        batch = layout(np.arange(1, 65)[:, None] * np.array([[1, 1, 0]]), np.full(64, 50), {})
         computed_R, one_R, seen = np.zeros(64, dtype=np.int64), np.ones(64, dtype=np.int64), Counter[str]()
         sys.setprofile(lambda frame, event, argument: seen.update([event]))
         try:
-            map_step(adapter_RP, start_RP, computed_R, one_R * scheduled, one_R)
+            map_step(batch, computed_R, one_R * scheduled, one_R)
         finally:
             sys.setprofile(None)
         return seen["call"] + seen["c_call"]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preft.vllm.mapping import KINDS, NO_ADAPTER, map_step, stretches
+from preft.vllm.mapping import KINDS, NO_ADAPTER, layout, map_step, stretches
 from shared.tokens import Phase, phase_mask
 
 
@@ -19,15 +19,19 @@ class Row(NamedTuple):
     computed: int
     scheduled: int
     sampled: int
+    generated: tuple[tuple[int, int], ...] = ()  # earlier answers in the prompt
 
 
 @st.composite
 def rows(draw: st.DrawFn) -> Row:
     scheduled = draw(st.integers(1, 12))
     adapter = st.tuples(st.sampled_from([1, 2, 7]), st.sampled_from(list(Phase)))
+    prompt = draw(st.integers(1, 20))
+    ends = sorted(draw(st.sets(st.integers(0, prompt), max_size=4)))
     return Row(
         adapters=tuple(draw(st.lists(adapter, max_size=3))),
-        prompt=draw(st.integers(1, 20)),
+        generated=tuple(zip(ends[::2], ends[1::2])),
+        prompt=prompt,
         computed=draw(st.integers(0, 24)),
         scheduled=scheduled,
         sampled=draw(st.integers(1, scheduled)),
@@ -39,13 +43,17 @@ def one(phase: Phase, prompt: int, computed: int, scheduled: int) -> Row:
     return Row(((3, phase),), prompt, computed, scheduled, sampled=1)
 
 
-def adapter_at(row: Row, position: int) -> int:
-    """The adapter that acts at a position, by the definition of the phases in shared.tokens."""
-    position_11, one_11 = torch.tensor([[position]]), torch.ones(1, 1, dtype=torch.long)
-    for number, phase in row.adapters:
-        if bool(phase_mask(phase, position_11, torch.tensor([row.prompt]), one_11).item()):
-            return number
-    return NO_ADAPTER
+def adapters_of(row: Row, length: int = 48) -> list[int]:
+    """The adapter at every position, by the definition of the phases in shared.tokens."""
+    position_1T, ones_1T = torch.arange(length)[None], torch.ones(1, length, dtype=torch.long)
+    generated_1T = torch.zeros(1, length, dtype=torch.bool)
+    for start, end in row.generated:
+        generated_1T[:, start:end] = True
+    found = [NO_ADAPTER] * length
+    for number, phase in reversed(row.adapters):
+        mask_1T = phase_mask(phase, position_1T, torch.tensor([row.prompt]), ones_1T, generated_1T)
+        found = [number if acts else other for acts, other in zip(mask_1T[0].tolist(), found)]
+    return found
 
 
 def by_kind(row: Row) -> list[int]:
@@ -57,21 +65,15 @@ def by_kind(row: Row) -> list[int]:
 
 
 def map_rows(step: list[Row]) -> tuple[list[int], list[int], set[int]]:
-    adapter_RP, start_RP = [], []
-    for row in step:
-        starts = {stretch.kind: stretch.start for stretch in stretches(row.prompt)}
-        adapter_RP.append(by_kind(row))
-        start_RP.append(
-            [starts.get(kind, 0) for kind in range(3)]
-        )  # an empty stretch starts where the next does
-    columns = (
-        adapter_RP,
-        start_RP,
-        [row.computed for row in step],
-        [row.scheduled for row in step],
-        [row.sampled for row in step],
+    columns = ("computed", "scheduled", "sampled")
+    batch = layout(
+        np.array([by_kind(row) for row in step], dtype=np.int64),
+        np.array([row.prompt for row in step], dtype=np.int32),
+        {i: row.generated for i, row in enumerate(step) if row.generated},
     )
-    found = map_step(*(np.array(column, dtype=np.int64) for column in columns))
+    found = map_step(
+        batch, *(np.array([getattr(row, column) for row in step], dtype=np.int64) for column in columns)
+    )
     return found.token_K.tolist(), found.sampled_S.tolist(), set(found.active)
 
 
@@ -80,7 +82,7 @@ def map_rows(step: list[Row]) -> tuple[list[int], list[int], set[int]]:
 def test_every_token_gets_what_its_position_says(step: list[Row]) -> None:
     tokens, sampled = [], []
     for row in step:
-        ids = [adapter_at(row, t) for t in range(row.computed, row.computed + row.scheduled)]
+        ids = adapters_of(row)[row.computed : row.computed + row.scheduled]
         tokens += ids
         sampled += ids[-row.sampled :]
     assert map_rows(step) == (tokens, sampled, set(tokens) - {NO_ADAPTER})
@@ -120,6 +122,14 @@ def test_prefill_and_decode_are_complements_at_the_boundary() -> None:
 def test_a_recomputed_request_keeps_its_generated_tokens_plain() -> None:
     """After preemption prompt and generated tokens come back in one chunk: the boundary stays the request's own."""
     assert map_rows([one(Phase.PREFILL, prompt=3, computed=0, scheduled=6)])[0] == [3] * 3 + [0] * 3
+
+
+def test_an_earlier_answer_is_a_stretch_of_its_own() -> None:
+    """Sticky history: the answer at positions 3 and 4 of a prompt of 7 was generated, and stays so."""
+    row = one(Phase.PREFILL, prompt=7, computed=0, scheduled=8)._replace(generated=((3, 5),))
+    assert map_rows([row])[0] == [3, 3, 3, 0, 0, 3, 3, 0]
+    boundary = row._replace(adapters=((3, Phase.DECODE_BOUNDARY),))
+    assert map_rows([boundary])[0] == [0, 0, 3, 3, 3, 0, 3, 3]
 
 
 def test_the_kinds_of_token_cover_every_position_once() -> None:

@@ -77,7 +77,7 @@ def test_no_two_adapters_of_the_engine_share_an_id(count: int) -> None:
 
 @pytest.mark.parametrize("name", ["lora", "reft"])
 def test_a_history_that_is_not_served_is_refused_before_training(name: str) -> None:
-    with pytest.raises(AdapterError, match=rf"{name}\.history: 'sticky' is trained but not served"):
+    with pytest.raises(AdapterError, match=rf"{name}\.history: 'sticky' is trained but not served here"):
         replace(CONFIG, **{name: replace(getattr(CONFIG, name), history=History.STICKY)})
 
 

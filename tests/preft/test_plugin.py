@@ -144,6 +144,13 @@ class TestAssumptions:
         source = inspect.getsource(Scheduler.schedule)
         assert source.index("NewRequestData.from_request") < source.index("self._update_after_schedule(")
 
+    def test_the_sampling_parameters_are_there_when_the_adapter_is_set(self) -> None:
+        """The spans of a sticky chat are among them."""
+        from vllm.v1.request import Request
+
+        source = inspect.getsource(Request.__init__)
+        assert source.index("self.sampling_params = ") < source.index("self.lora_request = ")
+
     def test_every_chunk_is_measured_by_the_slots(self) -> None:
         """For running and for admitted requests the hook has the last word before blocks are allocated."""
         from vllm.v1.core.sched.scheduler import Scheduler
@@ -264,6 +271,8 @@ def test_runner_v1_maps_a_step() -> None:
         lora_id_to_lora_request={number: one_of_many_versions(number) for number in (1, 2, 3, 4)},
         num_prompt_tokens=prompt,
         num_computed_tokens_cpu=computed,
+        req_ids=[str(i) for i in range(len(REQUESTS))],
+        cached_requests={str(i): SimpleNamespace(lora_request=None) for i in range(len(REQUESTS))},
     )
     sampled, tokens, active = InputBatch.make_lora_inputs(batch, scheduled, np.ones_like(scheduled))
     assert tokens == TOKENS

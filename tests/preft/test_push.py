@@ -17,7 +17,6 @@ from preft.vllm.identity import PHASE_SECTION, memory_identity, memory_path
 from preft.vllm.memory import Ledger, Package, ledger_of, push, push_async, remove, remove_async
 from preft.vllm.memory_worker import held_by
 from shared.generation.vllm_engine import VLLMGenerator
-from shared.history import History
 from shared.models import Model, ModelConfig
 
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
@@ -233,11 +232,6 @@ class TestRefusals:
         empty = Package('{"r": 1, "lora_alpha": 1, "target_modules": []}', save({}))
         with pytest.raises(AdapterError, match="it has no weights"):
             push(llm, "empty", empty)
-
-    def test_sticky_history(self, llm: Any, model: Model) -> None:
-        adapter = Adapter.create(model.hf, AdapterConfig(rank=2, history=History.STICKY))
-        with pytest.raises(AdapterError, match="trained with history 'sticky'"):
-            push(llm, "sticky", adapter)
 
 
 def test_a_package_says_what_the_adapter_is(adapters: dict[str, Adapter]) -> None:

@@ -1,7 +1,6 @@
 """Adapter need and block identity of a request, on vLLM's own Request and block hasher, without an engine."""
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +13,9 @@ from preft.adapters import Adapter, AdapterConfig
 from preft.formats import save_adapter
 from preft.vllm import scheduling
 from preft.vllm.identity import AdapterIdentity, AdapterRegistry, read_identity
+from preft.vllm.mapping import KINDS, Kind
 from preft.vllm.scheduling import block_keys
+from preft.vllm.sticky import KEY
 from shared.history import History
 from shared.models import Model
 from shared.tokens import Phase
@@ -35,7 +36,9 @@ def first_parent(plugin: None) -> None:
     init_none_hash(digest)
 
 
-def make_request(lora: Any, prompt: int, total: int | None = None, first: int = 0) -> Any:
+def make_request(
+    lora: Any, prompt: int, total: int | None = None, first: int = 0, generated: list[int] | None = None
+) -> Any:
     """A vLLM request with `prompt` prompt tokens, then generated ones up to `total`."""
     from vllm import SamplingParams
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher
@@ -44,7 +47,7 @@ def make_request(lora: Any, prompt: int, total: int | None = None, first: int = 
     request = Request(
         request_id="r",
         prompt_token_ids=list(range(first, first + prompt)),
-        sampling_params=SamplingParams(max_tokens=100),
+        sampling_params=SamplingParams(max_tokens=100, extra_args=generated and {KEY: generated}),
         pooling_params=None,
         lora_request=lora,
         block_hasher=get_request_block_hasher(BLOCK, digest),
@@ -76,6 +79,24 @@ class TestNeed:
         for computed in (0, 18, 19, 20, 25):
             request.num_computed_tokens = computed
             assert (request.lora_request is not None) == (computed >= first)
+
+    @pytest.mark.parametrize("phase", list(Phase))
+    def test_a_sticky_adapter_is_needed_where_it_acts(
+        self, model: Model, tmp_path: Path, phase: Phase
+    ) -> None:
+        from vllm.lora.request import LoRARequest
+
+        history = History.RECOMPUTE if phase is Phase.ALL else History.STICKY
+        adapter = Adapter.create(model.hf, AdapterConfig(rank=2, phase=phase, history=history))
+        lora = LoRARequest("sticky", 60, str(save_adapter(adapter, tmp_path / "sticky")))
+        request = make_request(lora, prompt=20, total=24, generated=[5, 9])
+        kinds = [Kind.PROMPT] * 4 + [Kind.BOUNDARY] + [Kind.GENERATED] * 4
+        kinds += [Kind.PROMPT] * 10 + [Kind.BOUNDARY] + [Kind.GENERATED] * 4
+        for position, kind in enumerate(kinds):
+            request.num_computed_tokens = position
+            assert (request.lora_request is lora) == KINDS[phase][kind]
+            fits = scheduling.fit_slots(request, position, 1, {7, 8}, slots=2)
+            assert fits == (0 if KINDS[phase][kind] else 1)
 
     def test_a_request_without_adapter_has_none(self) -> None:
         assert make_request(None, prompt=20).lora_request is None
@@ -209,6 +230,27 @@ def test_keys_say_which_positions_of_the_block_are_adapted(phase: Phase, prompt:
             assert keys == (("lora", "a", "d1", covered[0], covered[-1] + 1),)
 
 
+@pytest.mark.parametrize("phase", list(Phase))
+def test_keys_of_a_sticky_chat_are_those_of_its_turns(phase: Phase) -> None:
+    """A block that lies in one turn has the key it had when that turn was computed."""
+    identity = AdapterIdentity(phase, "lora", "d1", ())
+    first, second = 11, 30  # prompt lengths of the two turns; the answer is at [11, 25)
+    for start in range(0, 24, BLOCK):
+        once = block_keys("a", identity, first, start, start + BLOCK)
+        again = block_keys("a", identity, second, start, start + BLOCK, ((first, 25),))
+        assert once == again
+    later = block_keys("a", identity, second, 24, 32, ((first, 25),))
+    acts = [
+        KINDS[phase][kind]
+        for kind in [Kind.GENERATED, *[Kind.PROMPT] * 4, Kind.BOUNDARY, *[Kind.GENERATED] * 2]
+    ]
+    found = [False] * BLOCK
+    for key in later:
+        low, high = key[3:] or (0, BLOCK)
+        found[low:high] = [True] * (high - low)
+    assert found == acts
+
+
 class TestIdentity:
     def test_a_plain_peft_adapter_acts_on_all_tokens(self, tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text('{"r": 8}')
@@ -219,28 +261,16 @@ class TestIdentity:
         with pytest.raises(ValueError, match="phase 'sometimes' is not one of prefill, decode"):
             read_identity(tmp_path)
 
-    def test_a_sticky_adapter_is_refused_where_history_matters(self, tmp_path: Path) -> None:
-        for phase in Phase:
-            section = {"phase": phase, "history": "sticky"}
-            (tmp_path / "adapter_config.json").write_text(json.dumps({"preft": section}))
-            if phase is Phase.ALL:
-                assert read_identity(tmp_path).phase is Phase.ALL
-                continue
-            with pytest.raises(ValueError, match=r"history 'sticky'.* not told where the turns"):
-                read_identity(tmp_path)
+    def test_the_history_is_read(self, model: Model, tmp_path: Path) -> None:
+        adapter = Adapter.create(model.hf, AdapterConfig(history=History.STICKY))
+        assert read_identity(save_adapter(adapter, tmp_path / "sticky")).history is History.STICKY
+        adapter = Adapter.create(model.hf, AdapterConfig())
+        assert read_identity(save_adapter(adapter, tmp_path / "plain")).history is History.RECOMPUTE
 
     def test_an_unknown_history_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text('{"preft": {"history": "often"}}')
         with pytest.raises(ValueError, match="history 'often' is not one of recompute, sticky"):
             read_identity(tmp_path)
-
-    def test_a_request_for_a_sticky_adapter_is_refused(self, model: Model, tmp_path: Path) -> None:
-        from vllm.lora.request import LoRARequest
-
-        adapter = Adapter.create(model.hf, AdapterConfig(history=History.STICKY))
-        folder = save_adapter(adapter, tmp_path / "sticky")
-        with pytest.raises(ValueError, match="history 'sticky'"):
-            make_request(LoRARequest("sticky", 60, str(folder)), prompt=20)
 
     def test_the_digest_is_of_the_content(self, folders: dict[str, Path], tmp_path: Path) -> None:
         copy = tmp_path / "copy"

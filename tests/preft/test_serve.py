@@ -20,7 +20,7 @@ from preft.serve.command import adapter_folders, engine_rank
 from preft.serve.guard import allowed_folder
 from preft.serve.store import INDEX, Store
 from preft.vllm import metrics
-from preft.vllm.mapping import KINDS, map_step
+from preft.vllm.mapping import KINDS, layout, map_step
 from preft.vllm.metrics import DECODE, OTHERS, PREFILL, SchedulerCounts, WorkerCounts
 from shared.errors import UserError
 from shared.models import Model, ModelConfig
@@ -265,9 +265,9 @@ def count(counts: WorkerCounts, *rows: tuple[int, str, int, int, int]) -> None:
     """Count a step whose requests are (adapter, phase, prompt, computed, scheduled)."""
     adapter_R, _, prompt_R, computed_R, scheduled_R = [np.array(column) for column in zip(*rows)]
     acts_RP = np.array([KINDS[Phase(row[1])] if row[0] else (False,) * 3 for row in rows])
-    start_RP = np.stack([0 * prompt_R, prompt_R - 1, prompt_R], axis=1)
-    step = map_step(adapter_R[:, None] * acts_RP, start_RP, computed_R, scheduled_R, np.ones_like(prompt_R))
-    counts.count({1: "p", 2: "all", 3: "d"}, adapter_R, acts_RP, step.count_RP)
+    batch = layout(adapter_R[:, None] * acts_RP, prompt_R, {})
+    step = map_step(batch, computed_R, scheduled_R, np.ones_like(prompt_R))
+    counts.count({1: "p", 2: "all", 3: "d"}, adapter_R, acts_RP, step.count_RK)
 
 
 def test_tokens_are_counted_by_phase_and_adapter() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,27 +51,49 @@ def save(folder: str | Path, interventions: Sequence[Intervention], model: Model
     return folder
 
 
+@dataclass(frozen=True)
+class SavedInterventions:
+    """What a folder holds: the interventions, and the model they were made for.
+
+    `model` has its name, fingerprint, family, n_layers, width and n_neurons.
+    """
+
+    interventions: list[Intervention]
+    model: dict[str, Any]
+
+
+def read(folder: str | Path) -> SavedInterventions:
+    """Read the two files without a model; `InterventionError` with the reason when they are damaged."""
+    folder = Path(folder)
+    return _read_entries(folder, _read_document(folder))
+
+
 def load(folder: str | Path, model: Model, allow_other: bool = False) -> list[Intervention]:
     """Read the two files for a model; `InterventionError` with the reason when they do not fit."""
     folder = Path(folder)
     document = _read_document(folder)
     _check_model(document.get("model", {}), model, allow_other)
-    tensors = _read_tensors(folder)
-    loaded = []
-    for number, entry in enumerate(document["interventions"]):
-        own = {name.partition(".")[2]: tensors[name] for name in tensors if name.startswith(f"{number}.")}
-        intervention = _from_entry(number, entry, own)
+    loaded = _read_entries(folder, document).interventions
+    for number, intervention in enumerate(loaded):
         try:
             check_fit(intervention, model.architecture)
         except SiteError as error:
             raise InterventionError(f"Intervention {number} does not fit: {error}") from None
-        loaded.append(intervention)
+    return loaded
+
+
+def _read_entries(folder: Path, document: dict[str, Any]) -> SavedInterventions:
+    tensors = _read_tensors(folder)
+    loaded = []
+    for number, entry in enumerate(document["interventions"]):
+        own = {name.partition(".")[2]: tensors[name] for name in tensors if name.startswith(f"{number}.")}
+        loaded.append(_from_entry(number, entry, own))
     extra = [name for name in tensors if not _known(name, len(loaded))]
     if extra:
         raise InterventionError(
             f"{folder / TENSORS_NAME} holds tensors of no intervention: {', '.join(extra)}."
         )
-    return loaded
+    return SavedInterventions(loaded, document.get("model", {}))
 
 
 def _known(name: str, count: int) -> bool:

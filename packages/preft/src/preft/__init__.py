@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from preft.adapters import Adapter, AdapterConfig, AdapterError
+    from preft.composition import Composition, compose
     from preft.evaluate import heldout_loss
     from preft.formats import load_adapter, save_adapter
     from preft.reference import greedy_reference
@@ -17,7 +18,9 @@ _HOME = {
     "Adapter": "preft.adapters",
     "AdapterConfig": "preft.adapters",
     "AdapterError": "preft.adapters",
+    "Composition": "preft.composition",
     "TrainConfig": "preft.train",
+    "compose": "preft.composition",
     "greedy_reference": "preft.reference",
     "heldout_loss": "preft.evaluate",
     "load_adapter": "preft.formats",
@@ -29,7 +32,9 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterError",
+    "Composition",
     "TrainConfig",
+    "compose",
     "greedy_reference",
     "heldout_loss",
     "load_adapter",

@@ -3,7 +3,7 @@
 1. The files: readable, a configuration of a known kind, made for this base model (fingerprint).
 2. The tensors: each that is missing, unknown or misshapen, each with a value that is not finite.
 3. The method: rows of R orthonormal (DiReFT, LoReFT), to within the rounding of the saved type.
-4. The server: a rank that vLLM has buffers for, a history policy that it can follow.
+4. The server: a rank that vLLM has buffers for.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,6 @@ from preft.adapter_config import AdapterConfig, AdapterError
 from preft.adapter_files import factor_names, read_adapter, read_tensors
 from preft.adapters import ORTHONORMAL, Adapter
 from preft.formats import tensor_faults
-from preft.vllm.identity import check_history
 from shared.generation.vllm_arguments import LORA_RANKS
 
 
@@ -55,7 +54,7 @@ def check_folder(folder: Path | str, hf: nn.Module, fingerprint: str | None = No
     faults += [f"{name} holds values that are not finite" for name in _not_finite(tensors)]
     if not misfits and saved.config.method in ORTHONORMAL:
         faults += _not_orthonormal(adapter, tensors)
-    return CheckReport(faults + _unserved(saved.config, folder), _buffer_rank(saved.config))
+    return CheckReport(faults + _unserved(saved.config), _buffer_rank(saved.config))
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -86,12 +85,7 @@ def _buffer_rank(config: AdapterConfig) -> int | None:
     return next((size for size in LORA_RANKS if size >= _largest_rank(config)), None)
 
 
-def _unserved(config: AdapterConfig, folder: Path | str) -> list[str]:
-    faults = []
-    if _buffer_rank(config) is None:
-        faults.append(f"rank {_largest_rank(config)} is above {LORA_RANKS[-1]}, the highest that vLLM serves")
-    try:
-        check_history(config.history, config.phase, str(folder))
-    except ValueError as error:
-        faults.append(str(error))
-    return faults
+def _unserved(config: AdapterConfig) -> list[str]:
+    if _buffer_rank(config) is not None:
+        return []
+    return [f"rank {_largest_rank(config)} is above {LORA_RANKS[-1]}, the highest that vLLM serves"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from preft.compose import AnyAdapter
+from preft.composition import AnyAdapter
 from preft.forward import masked_loss
 from preft.train.rows import padding_id, training_rows
 from shared.history import History

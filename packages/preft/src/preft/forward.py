@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from preft.compose import AnyAdapter
+from preft.composition import AnyAdapter
 from shared.tokens import TokenBatch
 
 

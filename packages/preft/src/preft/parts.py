@@ -25,7 +25,7 @@ from torch import Tensor
 
 from preft.adapter_files import FORMAT_VERSION, PREFIX, WEIGHTS_FILE, read_adapter, read_tensors
 from preft.adapters import Adapter, AdapterError, Factors, LoRADelta
-from preft.vllm.identity import COMPOSITION, CONFIG_FILE, PHASE_SECTION
+from preft.vllm.identity import COMPOSITION, CONFIG_FILE, PHASE_SECTION, holds_interventions
 from preft.vllm.mapping import KINDS, Kind
 from preft.vllm.residual import SITE
 from preft.vllm.strict import STRICT_TYPE, strict_name
@@ -37,16 +37,24 @@ Update = dict[str, Factors]  # by the module's name in adapter files, scale and 
 ByKind = tuple[Update, ...]
 
 
+class Shape(NamedTuple):
+    """Blocks and width of the model that an adapter was made for."""
+
+    n_layers: int
+    width: int
+
+
 class Source(NamedTuple):
     """What an adapter does to each kind of token, and what it says about its history policy and base model.
 
-    `history` is None where either policy gives the same (phase all).
+    `history` is None where it asks for neither policy; `shape` where the modules alone say what fits.
     """
 
     by_kind: ByKind
     history: History | None = None
     base_model: str = ""
     fingerprint: str | None = None
+    shape: Shape | None = None
 
 
 def source_of(adapter: Adapter) -> Source:
@@ -64,8 +72,12 @@ def source_of(adapter: Adapter) -> Source:
 
 
 def read_source(folder: Path | str) -> Source:
-    """The updates of a saved adapter, a plain one of peft or one of parts; AdapterError where it is unusable."""
+    """The updates of a saved adapter or of saved interventions; UserError with the reason where they are unusable."""
     folder = Path(folder)
+    if holds_interventions(folder):
+        from preft.intervention_adapters import read_interventions
+
+        return read_interventions(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(f"{folder} is no adapter folder: it has no {CONFIG_FILE}")
     raw = read_json(folder / CONFIG_FILE)
@@ -73,7 +85,8 @@ def read_source(folder: Path | str) -> Source:
     if section.get("method") != COMPOSITION:
         return _read_plain(folder, raw)
     history = section["history"] and History(section["history"])
-    origin = (history, raw["base_model_name_or_path"], section["base_model_fingerprint"])
+    shape = Shape(**section["base_model_shape"]) if section.get("base_model_shape") else None
+    origin = (history, raw["base_model_name_or_path"], section["base_model_fingerprint"], shape)
     if "parts" not in section:
         return Source(_on_phase(_read_update(folder), Phase(section["phase"])), *origin)
     by_kind: list[Update] = [{} for _ in Kind]
@@ -122,8 +135,10 @@ def sum_sources(sources: Sequence[tuple[Source, float]]) -> Source:
         _sum([(source.by_kind[kind], weight) for source, weight in sources if weight]) for kind in Kind
     )
     fingerprints = {source.fingerprint for source in only} - {None}
-    if len(fingerprints) > 1:
-        raise AdapterError(f"adapters of different base models ({', '.join(sorted(map(str, fingerprints)))})")
+    shapes = {source.shape for source in only} - {None}
+    if len(fingerprints) > 1 or len(shapes) > 1:
+        found = ", ".join(sorted(map(str, fingerprints if len(fingerprints) > 1 else shapes)))
+        raise AdapterError(f"adapters of different base models ({found}) cannot act together")
     base_models = sorted({source.base_model for source in only} - {""})
     histories = {source.history for source in only}
     return Source(
@@ -131,6 +146,7 @@ def sum_sources(sources: Sequence[tuple[Source, float]]) -> Source:
         None if histories == {None} else common_history(only),
         base_models[0] if base_models else "",
         next(iter(fingerprints), None),
+        next(iter(shapes), None),
     )
 
 
@@ -223,6 +239,7 @@ def _config(source: Source, update: Update, section: dict[str, Any]) -> dict[str
             "method": COMPOSITION,
             "history": None if source.history is None else source.history.value,
             "base_model_fingerprint": source.fingerprint,
+            "base_model_shape": None if source.shape is None else source.shape._asdict(),
         }
         | section,
     }

@@ -56,8 +56,8 @@ class AdapterServingConfig:
         for name, adapter in (("lora", self.lora), ("reft", self.reft)):
             if adapter.history is not History.RECOMPUTE:
                 raise AdapterError(
-                    f"{name}.history: {adapter.history.value!r} is trained but not served (the server is not told "
-                    "where the turns of a prompt begin); set it to recompute"
+                    f"{name}.history: {adapter.history.value!r} is trained but not served here (its requests do not "
+                    "say where the turns of a prompt begin); set it to recompute"
                 )
 
     def adapter(self, kind: str) -> AdapterConfig:

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from preft.compose import AnyAdapter
+from preft.composition import AnyAdapter
+from preft.vllm.sticky import Spans
 from shared.tokens import Phase, phase_mask
 
 
@@ -44,8 +45,12 @@ def greedy_reference(
     prompt_ids: list[int],
     max_tokens: int,
     stop_ids: tuple[int, ...] = (),
+    generated: Spans = (),
 ) -> Reference:
-    """Greedy continuation of one prompt of token ids under an adapter, or under the bare model."""
+    """Greedy continuation of one prompt of token ids under an adapter, or under the bare model.
+
+    `generated` are the positions [start, end) of earlier answers in the prompt (sticky history).
+    """
     from transformers import DynamicCache
 
     if not prompt_ids:
@@ -55,7 +60,7 @@ def greedy_reference(
     gaps: list[float] = []
     chunk, start = list(prompt_ids), 0
     while len(tokens) < max_tokens:
-        logits_V = _read(hf, adapter, chunk, start, len(prompt_ids), cache)[-1]
+        logits_V = _read(hf, adapter, chunk, start, len(prompt_ids), cache, generated)[-1]
         best = logits_V.topk(2)
         gaps.append(float(best.values[0] - best.values[1]))
         tokens.append(int(best.indices[0]))
@@ -84,12 +89,18 @@ def logprob_reference(
 
 
 def _read(
-    hf: Any, adapter: AnyAdapter | None, chunk: list[int], start: int, prompt_length: int, cache: Any
+    hf: Any,
+    adapter: AnyAdapter | None,
+    chunk: list[int],
+    start: int,
+    prompt_length: int,
+    cache: Any,
+    generated: Spans = (),
 ) -> Float[Tensor, "T V"]:
     """Logits after every token of a chunk that begins at position `start`; `cache` None reads it by itself."""
     input_ids_1T = torch.tensor([chunk], device=hf.device)
     position_ids_1T = torch.arange(start, start + len(chunk), device=hf.device)[None]
-    mask_of = partial(_mask, position_ids_1T, prompt_length)
+    mask_of = partial(_mask, position_ids_1T, prompt_length, generated)
     scope = nullcontext() if adapter is None else adapter.applied_to(hf, mask_of)
     with scope:
         output = hf(
@@ -101,6 +112,10 @@ def _read(
     return output.logits[0].float()
 
 
-def _mask(position_ids_1T: Tensor, prompt_length: int, phase: Phase) -> Bool[Tensor, "B T"]:
+def _mask(position_ids_1T: Tensor, prompt_length: int, generated: Spans, phase: Phase) -> Bool[Tensor, "B T"]:
     prompt_lengths_1 = torch.tensor([prompt_length], device=position_ids_1T.device)
-    return phase_mask(phase, position_ids_1T, prompt_lengths_1, torch.ones_like(position_ids_1T))
+    generated_1T = torch.zeros_like(position_ids_1T, dtype=torch.bool)
+    for start, end in generated:
+        generated_1T |= (start <= position_ids_1T) & (position_ids_1T < end)
+    ones_1T = torch.ones_like(position_ids_1T)
+    return phase_mask(phase, position_ids_1T, prompt_lengths_1, ones_1T, generated_1T)

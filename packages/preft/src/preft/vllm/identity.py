@@ -7,9 +7,9 @@ then refused, unless the adapter is reloaded (`load_inplace`), removed first, or
 
 A folder without the phase key is an ordinary adapter: it acts on all tokens.
 
-An adapter of several parts (`preft.compose`) has other weights for other kinds of token (`preft.vllm.mapping.Kind`).
-Each part is an adapter folder, and to the engine an adapter with an id of its own, which follows from the part's
-content: scheduler and workers agree on it without a word, and requests that share a part share its slot.
+An adapter of several parts (`preft.parts`) has other weights for other kinds of token (`preft.vllm.mapping.Kind`). Each
+part is an adapter folder, and to the engine an adapter with an id of its own, which follows from the part's content:
+scheduler and workers agree on it without a word, and requests that share a part share its slot.
 
 An adapter pushed from memory (`preft.vllm.memory`) has no folder. Its path says what the files of a folder would:
 
@@ -19,7 +19,7 @@ An adapter pushed from memory (`preft.vllm.memory`) has no folder. Its path says
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
@@ -27,7 +27,9 @@ from urllib.parse import parse_qsl, quote, urlencode
 from preft.vllm.mapping import KINDS, Kind
 from preft.vllm.residual import SITE
 from preft.vllm.strict import STRICT_TYPE
+from shared.errors import UserError
 from shared.history import History
+from shared.intervention_files import JSON_NAME, TENSORS_NAME
 from shared.tokens import Phase
 
 CONFIG_FILE = "adapter_config.json"
@@ -53,7 +55,8 @@ class Part(NamedTuple):
 class AdapterIdentity:
     """Phase, method and content digest (16 hex) of an adapter folder, as first read.
 
-    `parts` (an adapter of several) are the weights by kind of token, None where nothing acts.
+    `parts` (an adapter of several) are the weights by kind of token, None where nothing acts. `shape` (blocks, width)
+    and `fingerprint` are those of the model it was made for, as far as it says.
     """
 
     phase: Phase
@@ -61,6 +64,9 @@ class AdapterIdentity:
     digest: str
     stamp: Stamp
     parts: tuple[Part | None, ...] | None = None
+    shape: tuple[int, int] | None = None
+    fingerprint: str | None = None
+    history: History = History.RECOMPUTE
 
     @property
     def acts(self) -> tuple[bool, ...]:
@@ -76,6 +82,8 @@ class AdapterIdentity:
 
 def read_identity(folder: Path) -> AdapterIdentity:
     """Read an adapter folder; ValueError where there is no configuration, or one that is not served as it says."""
+    if holds_interventions(folder):
+        return _read_interventions(folder)
     config_path = folder / CONFIG_FILE
     if not config_path.is_file():
         raise ValueError(
@@ -86,17 +94,44 @@ def read_identity(folder: Path) -> AdapterIdentity:
     if raw.get("peft_type") == STRICT_TYPE and PHASE_SECTION not in raw:
         raise ValueError(f"{config_path} is of type {STRICT_TYPE} but has lost its section {PHASE_SECTION!r}")
     section = raw.get(PHASE_SECTION, {})
-    phase = checked_phase(section, config_path)
+    phase, history = checked_role(section, config_path)
     parts = _read_parts(folder, section["parts"], config_path) if "parts" in section else None
-    return AdapterIdentity(phase, _method(raw, section), _digest(folder), stamp, parts)
+    shape = section.get("base_model_shape")
+    return AdapterIdentity(
+        phase,
+        _method(raw, section),
+        content_digest(folder),
+        stamp,
+        parts,
+        (shape["n_layers"], shape["width"]) if shape else None,
+        section.get("base_model_fingerprint"),
+        history,
+    )
 
 
-def checked_phase(section: Mapping[str, Any], where: Path | str) -> Phase:
-    """The phase that a section of this project names; ValueError if that or the history cannot be served."""
+def holds_interventions(folder: Path) -> bool:
+    """Whether a folder is one that `shared.interventions.save_interventions` wrote."""
+    return (folder / JSON_NAME).is_file() and not (folder / CONFIG_FILE).is_file()
+
+
+def _read_interventions(folder: Path) -> AdapterIdentity:
+    """Interventions are served as the adapter that they are; ValueError says why there is none."""
+    from preft.materialise import materialised  # which reads identities itself
+
+    stamp = folder_stamp(folder)
+    try:
+        served = materialised([(folder, 1.0)])
+    except UserError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    inner = read_identity(served)
+    own = tuple(Part(inner.digest, str(served)) if acts else None for acts in KINDS[inner.phase])
+    return replace(inner, stamp=stamp, parts=inner.parts or own)
+
+
+def checked_role(section: Mapping[str, Any], where: Path | str) -> tuple[Phase, History]:
+    """Phase and history that a section of this project names; ValueError for an unknown one."""
     phase = _choice(Phase, section.get("phase", Phase.ALL), "phase", where)
-    history = _choice(History, section.get("history") or History.RECOMPUTE, "history", where)
-    check_history(history, phase, where)
-    return phase
+    return phase, _choice(History, section.get("history") or History.RECOMPUTE, "history", where)
 
 
 def _method(raw: Mapping[str, Any], section: Mapping[str, Any]) -> str:
@@ -115,7 +150,7 @@ def _read_parts(folder: Path, entries: Sequence[Mapping[str, Any]], where: Path)
         for name in entry["tokens"]:
             if name.upper() not in Kind.__members__ or by_kind[Kind[name.upper()]] is not None:
                 raise ValueError(f"{where}: tokens {name!r} are unknown or have two parts")
-            by_kind[Kind[name.upper()]] = Part(_digest(path), str(path))
+            by_kind[Kind[name.upper()]] = Part(content_digest(path), str(path))
     return tuple(by_kind)
 
 
@@ -135,20 +170,8 @@ def memory_identity(path: str) -> AdapterIdentity:
     section = dict(parse_qsl(path.partition("?")[2]))
     if "digest" not in section:
         raise ValueError(f"{path} is no adapter in memory; push one with preft.vllm.memory.push")
-    return AdapterIdentity(checked_phase(section, path), section.get("method", "lora"), section["digest"], ())
-
-
-def check_history(history: History, phase: Phase, where: Path | str) -> None:
-    """ValueError where serving would count earlier answers as something else than training did.
-
-    An adapter of phase all acts on every token under either policy.
-    """
-    if history is History.STICKY and phase is not Phase.ALL:
-        raise ValueError(
-            f"{where}: the adapter was trained with history 'sticky', under which earlier answers in a chat stay "
-            "generated text. The server is not told where the turns of a prompt begin and would take all of it for "
-            "prompt. Train the adapter with history 'recompute' to serve it"
-        )
+    phase, history = checked_role(section, path)
+    return AdapterIdentity(phase, section.get("method", "lora"), section["digest"], (), history=history)
 
 
 def _choice(kind: type[Choice], value: Any, key: str, where: Path | str) -> Choice:
@@ -165,12 +188,15 @@ def folder_stamp(folder: Path) -> Stamp:
 
 
 def _files(folder: Path) -> list[str]:
-    own = [name for name in (CONFIG_FILE, *WEIGHT_FILES) if (folder / name).is_file()]
+    own = [
+        name for name in (CONFIG_FILE, *WEIGHT_FILES, JSON_NAME, TENSORS_NAME) if (folder / name).is_file()
+    ]
     parts = [path for path in sorted(folder.glob("part-*")) if path.is_dir()]
     return own + [f"{path.name}/{name}" for path in parts for name in _files(path)]
 
 
-def _digest(folder: Path) -> str:
+def content_digest(folder: Path) -> str:
+    """16 hex digits that follow from the content of the files that make the adapter."""
     digest = hashlib.sha256()
     for name in _files(folder):
         with (folder / name).open("rb") as file:
@@ -188,7 +214,9 @@ class AdapterRegistry:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, str], AdapterIdentity] = {}
+        self._ids: dict[tuple[int, str], tuple[int, ...]] = {}
         self._parts: dict[str, Any] = {}  # digest -> LoRARequest of that part
+        self.any_sticky = False
 
     def resolve(self, lora_request: Any) -> AdapterIdentity:
         """The identity under which this request runs; ValueError if the files changed since they were first read."""
@@ -213,6 +241,14 @@ class AdapterRegistry:
             return tuple(lora_request if acts else None for acts in KINDS[identity.phase])
         return tuple(part and self._part(part) for part in identity.parts)
 
+    def ids(self, lora_request: Any) -> tuple[int, ...]:
+        """The ids of `by_kind`, 0 for None."""
+        found = self._ids.get(_key(lora_request))
+        if found is None:
+            row = self.by_kind(lora_request)
+            found = self._ids[_key(lora_request)] = tuple(part.lora_int_id if part else 0 for part in row)
+        return found
+
     def _part(self, part: Part) -> Any:
         if part.digest not in self._parts:
             from vllm.lora.request import LoRARequest
@@ -224,6 +260,8 @@ class AdapterRegistry:
     def refresh(self, lora_request: Any) -> AdapterIdentity:
         """Read the folder, or the path of an adapter in memory, again."""
         identity = self._known[_key(lora_request)] = _read(lora_request)
+        self._ids.pop(_key(lora_request), None)
+        self.any_sticky |= identity.history is History.STICKY
         return identity
 
     def part_ids(self, lora_int_id: int) -> set[int]:
@@ -248,7 +286,9 @@ class AdapterRegistry:
 
     def forget(self, lora_int_id: int) -> None:
         """Drop what is known of an id, under every path."""
-        self._known = {key: value for key, value in self._known.items() if key[0] != lora_int_id}
+        for key in [key for key in self._known if key[0] == lora_int_id]:
+            del self._known[key]
+            self._ids.pop(key, None)
 
 
 worker_adapters = AdapterRegistry()  # of the process that runs the model

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from preft.vllm import memory_worker, metrics, renewal, runner, scheduling, strict, triton_wrapper
+from preft.vllm.resolver import register_resolver
 
 MARK = "_innerworks_original"
 WRITTEN_FOR = "0.32"
@@ -118,6 +119,13 @@ PATCHES = (
     Patch(
         "vllm.v1.worker.lora_model_runner_mixin",
         "LoRAModelRunnerMixin",
+        "set_active_loras",
+        ("self", "input_batch", "num_scheduled_tokens", "num_sampled_tokens", "mapping_type"),
+        runner.with_cached_requests,
+    ),
+    Patch(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin",
         "remove_lora",
         ("self", "lora_id"),
         runner.for_parts,
@@ -188,6 +196,28 @@ PATCHES = (
         scheduling.validating,
     ),
     Patch(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor",
+        "process_inputs",
+        (
+            "self",
+            "request_id",
+            "prompt",
+            "params",
+            "supported_tasks",
+            "arrival_time",
+            "lora_request",
+            "tokenization_kwargs",
+            "trace_headers",
+            "priority",
+            "data_parallel_rank",
+            "resumable",
+            "session_id",
+            "kv_hints",
+        ),
+        scheduling.checking_spans,
+    ),
+    Patch(
         "vllm.v1.core.kv_cache_utils",
         "",
         "generate_block_hash_extra_keys",
@@ -248,6 +278,7 @@ def register() -> None:
         _replace(patch)
     _use_own_operators()
     _add_methods()
+    register_resolver()
     by_need = property(scheduling.get_lora_request, scheduling.set_lora_request)
     setattr(Request, "lora_request", by_need)  # noqa: B010 - mypy sees a plain attribute
 

@@ -3,7 +3,7 @@
 Each function here wraps one method of vLLM 0.32; `plugin.py` says which. All answers come from `mapping.map_step`.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,11 +12,12 @@ from numpy import ndarray
 
 from preft.vllm.cpu_layers import prepare_layers
 from preft.vllm.identity import is_memory_path, worker_adapters
-from preft.vllm.mapping import NO_ADAPTER, Kind, StepMap, map_step
+from preft.vllm.mapping import NO_ADAPTER, Kind, StepMap, layout, map_step
 from preft.vllm.memory_worker import load_held
 from preft.vllm.metrics import worker_counts
 from preft.vllm.precision import check_precision
 from preft.vllm.residual import SITE, add_sites, support_lora
+from preft.vllm.sticky import Spans
 
 # By sampled row, by token, the adapters to hold. A list of these: vLLM's LoRARequests are equal by name, so a set would
 # drop one of two versions that are served under one name while the first is being replaced.
@@ -32,27 +33,47 @@ class Step(NamedTuple):
 
 def step_of(
     adapter_R: Int[ndarray, "R"],
-    requests: Iterable[Any],
+    requests: Collection[Any],
+    generated: Mapping[int, Spans],
     prompt_R: Int[ndarray, "R"],
     computed_R: Int[ndarray, "R"],
     scheduled_R: Int[ndarray, "R"],
     sampled_R: Int[ndarray, "R"],
 ) -> Step:
-    """`map_step` for the adapters named by `requests` (vLLM's `LoRARequest`s of the batch); counts its tokens."""
-    requests = list(requests)
-    by_kind = {request.lora_int_id: worker_adapters.by_kind(request) for request in requests}
-    parts = {part.lora_int_id: part for row in by_kind.values() for part in row if part is not None}
-    ids = {
-        number: [part.lora_int_id if part else NO_ADAPTER for part in row] for number, row in by_kind.items()
-    }
-    plain = [NO_ADAPTER] * len(Kind)
-    adapter_RP = np.array([ids.get(number, plain) for number in adapter_R.tolist()], dtype=np.int64)
-    last_R = prompt_R.astype(np.int64) - 1
-    start_RP = np.stack([np.zeros_like(last_R), last_R, last_R + 1], axis=1)  # in the order of Kind
-    step = map_step(adapter_RP, start_RP, computed_R, scheduled_R, sampled_R)
+    """`map_step` for the adapters named by `requests` (vLLM's `LoRARequest`s of the batch); counts its tokens.
+
+    `generated` are the earlier answers in the prompts of sticky requests, by row.
+    """
+    ids = {request.lora_int_id: worker_adapters.ids(request) for request in requests}
+    plain = (NO_ADAPTER,) * len(Kind)
+    adapter_RK = np.array([ids.get(number, plain) for number in adapter_R.tolist()], dtype=np.int64)
+    step = map_step(layout(adapter_RK, prompt_R, generated), computed_R, scheduled_R, sampled_R)
     names = {request.lora_int_id: request.lora_name for request in requests}
-    worker_counts.count(names, adapter_R, adapter_RP != NO_ADAPTER, step.count_RP)
-    return Step(step, [parts[number] for number in step.active])
+    worker_counts.count(names, adapter_R, adapter_RK != NO_ADAPTER, step.count_RK)
+    if not step.active:
+        return Step(step, [])
+    acting = {
+        part.lora_int_id: part for request in requests for part in worker_adapters.by_kind(request) if part
+    }
+    return Step(step, [acting[number] for number in step.active])
+
+
+def sticky_spans(requests: Iterable[Any]) -> dict[int, Spans]:
+    """The earlier answers in the prompts of a batch, by row; `requests` are the rows' adapters or None."""
+    if not worker_adapters.any_sticky:
+        return {}
+    found = {row: getattr(request, "generated", ()) for row, request in enumerate(requests)}
+    return {row: spans for row, spans in found.items() if spans}
+
+
+def with_cached_requests(original: Callable[..., None]) -> Callable[..., None]:
+    """`LoRAModelRunnerMixin.set_active_loras`: V1's batch keeps one adapter an id, the spans are each request's."""
+
+    def set_active_loras(runner: Any, input_batch: Any, *args: Any, **kwargs: Any) -> None:
+        input_batch.cached_requests = runner.requests
+        original(runner, input_batch, *args, **kwargs)
+
+    return set_active_loras
 
 
 def is_plain(requests: Collection[Any], prompt_R: Int[ndarray, "R"], computed_R: Int[ndarray, "R"]) -> bool:
@@ -61,7 +82,7 @@ def is_plain(requests: Collection[Any], prompt_R: Int[ndarray, "R"], computed_R:
         return True
     if (computed_R < prompt_R).any():
         return False
-    return all(worker_adapters.by_kind(request)[Kind.GENERATED] is None for request in requests)
+    return all(worker_adapters.ids(request)[Kind.GENERATED] == NO_ADAPTER for request in requests)
 
 
 def make_lora_inputs_v1(_: Callable[..., LoraInputs]) -> Callable[..., LoraInputs]:
@@ -80,7 +101,13 @@ def make_lora_inputs_v1(_: Callable[..., LoraInputs]) -> Callable[..., LoraInput
             return (NO_ADAPTER,) * sampled, (NO_ADAPTER,) * tokens, []
         adapter_R = batch.request_lora_mapping[:count]
         step, active = step_of(
-            adapter_R, requests, prompt_R, computed_R, num_scheduled_tokens, num_sampled_tokens
+            adapter_R,
+            requests,
+            sticky_spans(batch.cached_requests[i].lora_request for i in batch.req_ids[:count]),
+            prompt_R,
+            computed_R,
+            num_scheduled_tokens,
+            num_sampled_tokens,
         )
         batch.num_active_adapters = dispatch_count(len(active), step)
         return tuple(step.sampled_S.tolist()), tuple(step.token_K.tolist()), active
@@ -126,7 +153,8 @@ def make_lora_inputs_v2(_: Callable[..., LoraInputs]) -> Callable[..., LoraInput
         if is_plain(requests, prompt_R, computed_R):
             return (NO_ADAPTER,) * len(req_ids), (NO_ADAPTER,) * int(num_scheduled_tokens.sum()), []
         ones_R = np.ones_like(num_scheduled_tokens)
-        step, active = step_of(adapter_R, requests, prompt_R, computed_R, num_scheduled_tokens, ones_R)
+        spans = sticky_spans(state.lora_requests.get(i) for i in req_ids)
+        step, active = step_of(adapter_R, requests, spans, prompt_R, computed_R, num_scheduled_tokens, ones_R)
         return tuple(step.sampled_S.tolist()), tuple(step.token_K.tolist()), active
 
     return make_lora_inputs

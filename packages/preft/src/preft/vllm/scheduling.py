@@ -27,9 +27,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import cache
 from typing import Any
 
+from preft.vllm.fit import check_served
 from preft.vllm.identity import AdapterIdentity, AdapterRegistry
-from preft.vllm.mapping import ENDLESS, Kind, stretches
+from preft.vllm.mapping import ENDLESS, Kind, Stretch, stretches
 from preft.vllm.memory import check_pushed
+from preft.vllm.resolver import loaded
+from preft.vllm.sticky import Spans, placed, read_spans
+from shared.history import History
 
 # One a process: the front one refuses bad requests with it, the scheduler keys blocks by it.
 adapter_registry = AdapterRegistry()
@@ -44,6 +48,8 @@ def get_lora_request(request: Any) -> Any:
         return None
     last = request.num_prompt_tokens - 1
     position = request.num_computed_tokens
+    if request._generated and position <= last:
+        return by_kind[next(_pieces(request, position, position + 1))[2]]
     return by_kind[Kind.GENERATED if position > last else Kind.PROMPT if position < last else Kind.BOUNDARY]
 
 
@@ -51,9 +57,12 @@ def set_lora_request(request: Any, lora_request: Any) -> None:
     """Setter of `Request.lora_request`: reads the adapter's identity; ValueError if the folder is unusable."""
     request._own_lora_request = lora_request
     request._adapter = request._by_kind = None
+    request._generated = ()
     if lora_request is not None:
         request._adapter = adapter_registry.resolve(lora_request)
         request._by_kind = adapter_registry.by_kind(lora_request)
+        if request._adapter.history is History.STICKY and request.sampling_params is not None:
+            request._generated = read_spans(request.sampling_params.extra_args)
 
 
 def with_whole_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +70,7 @@ def with_whole_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def from_request(request: Any, *args: Any, **kwargs: Any) -> Any:
         data = original(request, *args, **kwargs)
-        data.lora_request = request._own_lora_request
+        data.lora_request = placed(request._own_lora_request, request._generated)
         return data
 
     return from_request
@@ -94,7 +103,7 @@ def may_shrink(request: Any, end: int) -> bool:
 
 def fit_slots(request: Any, computed: int, count: int, used: set[int], slots: int) -> int:
     """How many of the next `count` tokens find their adapter among at most `slots` in use; adds theirs to `used`."""
-    for start, _, kind in _pieces(request.num_prompt_tokens, computed, computed + count):
+    for start, _, kind in _pieces(request, computed, computed + count):
         needed = request._by_kind[kind]
         if needed is None or needed.lora_int_id in used:
             continue
@@ -113,21 +122,24 @@ def _used_in_step(scheduler: Any) -> set[int]:
     return used
 
 
-def _pieces(prompt_length: int, start: int, end: int) -> Iterator[tuple[int, int, Kind]]:
-    """Positions [start, end) cut where the kind of token changes."""
-    all_of = stretches(prompt_length)
+def _pieces(request: Any, start: int, end: int) -> Iterator[tuple[int, int, Kind]]:
+    """Positions [start, end) of a request cut where the kind of token changes."""
+    return _cut(stretches(request.num_prompt_tokens, request._generated), start, end)
+
+
+def _cut(all_of: list[Stretch], start: int, end: int) -> Iterator[tuple[int, int, Kind]]:
     for (low, kind), high in zip(all_of, [*(stretch.start for stretch in all_of[1:]), ENDLESS]):
         if max(low, start) < min(high, end):
             yield max(low, start), min(high, end), kind
 
 
 def block_keys(
-    name: str, adapter: AdapterIdentity, prompt_length: int, start: int, end: int
+    name: str, adapter: AdapterIdentity, prompt_length: int, start: int, end: int, generated: Spans = ()
 ) -> tuple[Any, ...]:
     """What the hash of block [start, end) must say about the adapter of its request; empty where it does not act."""
     runs: list[tuple[str, int, int]] = []
     digests = adapter.digests()
-    for low, high, kind in _pieces(prompt_length, start, end):
+    for low, high, kind in _cut(stretches(prompt_length, generated), start, end):
         digest = digests[kind]
         if digest is None:
             continue
@@ -150,9 +162,8 @@ def with_block_keys(original: Callable[..., tuple[HashKeys, int]]) -> Callable[.
         if own is None:
             return keys, next_mm_idx
         others = tuple(key for key in keys or () if key[0] != "lora")
-        ours = block_keys(
-            own.lora_name, request._adapter, request.num_prompt_tokens, start_token_idx, end_token_idx
-        )
+        length, generated = request.num_prompt_tokens, request._generated
+        ours = block_keys(own.lora_name, request._adapter, length, start_token_idx, end_token_idx, generated)
         return (ours + others) or None, next_mm_idx
 
     return generate_block_hash_extra_keys
@@ -180,11 +191,24 @@ def validating(original: Callable[..., None]) -> Callable[..., None]:
         try:
             if lora_request is not None:
                 check_pushed(processor, lora_request)
-                adapter_registry.resolve(lora_request)
+                identity = adapter_registry.resolve(lora_request)
+                check_served(lora_request.lora_name, identity, processor.vllm_config)
         except ValueError as error:
             raise refusal()(str(error)) from error
 
     return _validate_lora
+
+
+def checking_spans(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`InputProcessor.process_inputs` that refuses impossible positions of earlier answers."""
+
+    def process_inputs(processor: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(processor, *args, **kwargs)
+        if request.lora_request is not None and request.sampling_params is not None:
+            read_spans(request.sampling_params.extra_args, len(request.prompt_token_ids or ()))
+        return request
+
+    return process_inputs
 
 
 def refreshing(original: Callable[..., bool]) -> Callable[..., bool]:
@@ -192,6 +216,7 @@ def refreshing(original: Callable[..., bool]) -> Callable[..., bool]:
 
     def add_lora(engine: Any, lora_request: Any) -> bool:
         added = original(engine, lora_request)
+        loaded[lora_request.lora_int_id] = (lora_request.lora_name, lora_request.lora_path)
         if lora_request.load_inplace:
             adapter_registry.refresh(lora_request)
         return added
@@ -204,6 +229,7 @@ def refreshing_async(original: Callable[..., Awaitable[bool]]) -> Callable[..., 
 
     async def add_lora(engine: Any, lora_request: Any) -> bool:
         added = await original(engine, lora_request)
+        loaded[lora_request.lora_int_id] = (lora_request.lora_name, lora_request.lora_path)
         if lora_request.load_inplace:
             adapter_registry.refresh(lora_request)
         return added
@@ -216,6 +242,7 @@ def forgetting(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def remove_lora(engine: Any, lora_id: int) -> Any:
         adapter_registry.forget(lora_id)
+        loaded.pop(lora_id, None)
         return original(engine, lora_id)
 
     return remove_lora
