@@ -1,7 +1,6 @@
 """The shortcut for steps without adapted tokens against the map of the step."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft.vllm import runner
-from preft.vllm.mapping import KINDS
+from preft.vllm.identity import AdapterIdentity, AdapterRegistry
 from shared.tokens import Phase
 
 PHASES = list(Phase)
@@ -19,22 +18,24 @@ requests = st.tuples(
 )
 
 
-class Registry:
-    """Adapter i + 1 acts in phase i."""
-
-    def by_kind(self, request: Any) -> tuple[Any, ...]:
-        return tuple(request if acts else None for acts in KINDS[PHASES[request.lora_int_id - 1]])
-
-
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "worker_adapters", Registry())
+    """Adapter i + 1 acts in phase i."""
+    known = AdapterRegistry()
+    known._known = {
+        (i, f"/{i}"): AdapterIdentity(phase, "lora", "d", ()) for i, phase in enumerate(PHASES, 1)
+    }
+    monkeypatch.setattr(runner, "worker_adapters", known)
 
 
 class Lora(SimpleNamespace):
     """A LoRARequest, which is hashable."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def lora(number: int) -> Lora:
+    return Lora(lora_int_id=number, lora_path=f"/{number}", lora_name=str(number))
 
 
 @given(st.lists(requests, min_size=1, max_size=6))
@@ -44,24 +45,26 @@ def test_a_step_maps_alike_with_and_without_the_shortcut(
 ) -> None:
     adapter_R = np.array([0 if phase is None else phase + 1 for phase, *_ in rows])
     prompt_R, computed_R, scheduled_R = np.array([row[1:] for row in rows]).T
-    loras = {number: Lora(lora_int_id=number) for number in set(adapter_R.tolist()) - {0}}
+    loras = {number: lora(number) for number in set(adapter_R.tolist()) - {0}}
     batch = SimpleNamespace(
         num_reqs=len(rows),
         request_lora_mapping=adapter_R,
         lora_id_to_lora_request=loras,
         num_prompt_tokens=prompt_R,
         num_computed_tokens_cpu=computed_R,
+        req_ids=[],
+        cached_requests={},
     )
     sampled_R = np.ones_like(scheduled_R)
     sampled, tokens, active = runner.make_lora_inputs_v1(lambda *_: None)(batch, scheduled_R, sampled_R)
-    step = runner.step_of(adapter_R, loras.values(), prompt_R, computed_R, scheduled_R, sampled_R)
+    step = runner.step_of(adapter_R, loras.values(), {}, prompt_R, computed_R, scheduled_R, sampled_R)
     assert (sampled, tokens) == (tuple(step.map.sampled_S.tolist()), tuple(step.map.token_K.tolist()))
     assert active == step.active
     assert batch.num_active_adapters == runner.dispatch_count(len(active), step.map)
 
 
 def test_a_batch_of_decoding_prefill_adapters_is_plain() -> None:
-    prefill, everywhere = (Lora(lora_int_id=PHASES.index(phase) + 1) for phase in (Phase.PREFILL, Phase.ALL))
+    prefill, everywhere = (lora(PHASES.index(phase) + 1) for phase in (Phase.PREFILL, Phase.ALL))
     prompt_R = np.array([4, 4])
     assert runner.is_plain([prefill], prompt_R, np.array([4, 9]))
     assert not runner.is_plain([prefill], prompt_R, np.array([3, 9]))  # the boundary token
