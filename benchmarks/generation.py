@@ -3,7 +3,7 @@
 Every round runs all sides, one after the other, on the same requests; a first round warms up and is not counted. The
 sides must give the same tokens, or the comparison is void. Prefix caching is off: rounds repeat the same prompts.
 
-    python benchmarks/generation.py [--requests 64] [--rounds 5]
+    python benchmarks/generation.py [--requests 32] [--rounds 3]
 """
 
 import argparse
@@ -23,8 +23,8 @@ CLAIM = "vLLM in process against Hugging Face, greedy, float32: generated tokens
 def main() -> None:
     """Measure, check that the tokens agree, write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=128)
     arguments = parser.parse_args()
     turns = sample_turns(arguments.requests, seed=0, split="test")
