@@ -16,16 +16,17 @@ STAMP := .venv/.setup-$(ACCEL)
 # MODEL nothing is passed: what the experiment chooses holds, else the default of conf/config.yaml.
 model = $(if $(MODEL),$(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),model.name=$(MODEL)))
 package_adapter_serving := preft
+package_adapter_quality := quality
 package_circuit_tracing := circuits
 package_assumption_probing := assumptions
 experiment = $(if $(EXPERIMENT),experiment=$(package_$(1))/$(EXPERIMENT))
 run = $(PY) -m shared.run pipeline=$(1) $(model) $(experiment) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo preft circuits assumptions sweep bench bench-preft tinyworld test check format lock clean
+.PHONY: help setup demo preft preft-quality circuits assumptions sweep bench bench-preft tinyworld test check format lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## virtual environment, exact pins, the four packages (ACCEL=cuda for a GPU)
 
@@ -37,6 +38,9 @@ demo: setup ## all three pipelines on the embedded model: one screen of figures,
 
 preft: setup ## prefill-only adapters: train, serve in one vLLM batch (MODEL=, EXPERIMENT=, ARGS=)
 	@$(call run,adapter_serving)
+
+preft-quality: setup ## loss of prefill-only adapters by rank, distance and speed, beside rivals (MODEL=, EXPERIMENT=, ARGS=)
+	@$(call run,adapter_quality)
 
 circuits: setup ## neuron circuits: attribute, prune, ablate (MODEL=, EXPERIMENT=, ARGS=)
 	@$(call run,circuit_tracing)

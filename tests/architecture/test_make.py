@@ -15,6 +15,7 @@ TARGETS = [
     "test",
     "check",
     "preft",
+    "preft-quality",
     "circuits",
     "assumptions",
     "sweep",
@@ -35,7 +36,7 @@ def make(*arguments, path=os.environ["PATH"]):
 
 
 def test_make_alone_lists_the_targets():
-    listed = re.findall(r"^ +make ([a-z]+) +(\S.*)$", make(), re.MULTILINE)
+    listed = re.findall(r"^ +make ([a-z-]+) +(\S.*)$", make(), re.MULTILINE)
     assert set(TARGETS) <= {name for name, _ in listed}
     assert all(len(text) > 10 for _, text in listed)
 
@@ -44,6 +45,7 @@ def test_make_alone_lists_the_targets():
     ("arguments", "expected"),
     [
         (["preft", "MODEL=tinyworld"], "pipeline=adapter_serving model=tinyworld"),
+        (["preft-quality", "EXPERIMENT=smoke"], "pipeline=adapter_quality  experiment=quality/smoke"),
         (["circuits", "MODEL=qwen3", "EXPERIMENT=smoke"], "model=qwen3 experiment=circuits/smoke"),
         (["assumptions", "MODEL=some/model", "ARGS=run.seed=3"], "model.name=some/model  run.seed=3"),
         (["sweep", "LAUNCHER=slurm", "SWEEP=there"], "hydra/launcher=slurm sweep.folder=there"),

@@ -15,7 +15,12 @@ from shared.config import ConfigError
 from shared.run import configuration_folder, pipelines, register_defaults, typed
 
 CONF = Path(__file__).parents[2] / "conf"
-NAMES = {"preft": "adapter_serving", "circuits": "circuit_tracing", "assumptions": "assumption_probing"}
+NAMES = {
+    "preft": "adapter_serving",
+    "quality": "adapter_quality",
+    "circuits": "circuit_tracing",
+    "assumptions": "assumption_probing",
+}
 LAUNCHERS = {
     "basic": "BasicLauncher",
     "joblib": "JoblibLauncher",
@@ -45,7 +50,7 @@ def composed(*overrides, **options):
     return compose("config", list(overrides), **options)
 
 
-def test_the_three_pipelines_are_installed():
+def test_the_pipelines_are_installed():
     assert set(NAMES.values()) <= set(pipelines())
     assert set(options("pipeline")) == set(pipelines())
 

@@ -111,13 +111,39 @@ def _instructions() -> list[Instruction]:
 
 
 INSTRUCTIONS = _instructions()
+BY_PROMPT = {instruction.prompt: instruction for instruction in INSTRUCTIONS}
+
+
+class Kept(NamedTuple):
+    """Which of a user's preferences a response keeps; `answer`: the right content, in the user's units and words."""
+
+    greeting: bool
+    sign_off: bool
+    detail: bool
+    answer: bool
+
+
+def kept(text: str, prompt: str, preferences: Preferences) -> Kept:
+    """What a response to the prompt of one of the `INSTRUCTIONS` keeps; KeyError for another prompt."""
+    instruction, text = BY_PROMPT[prompt], text.strip()
+    full = any(instruction.more.format(drink) in text for drink in DRINKS)
+    return Kept(
+        text.startswith(preferences.greeting),
+        text.endswith(preferences.sign_off),
+        full == (preferences.detail == "full"),
+        wanted_answer(instruction, preferences) in text,
+    )
+
+
+def wanted_answer(instruction: Instruction, preferences: Preferences) -> str:
+    """The sentence that answers an instruction in the user's units and words."""
+    answers = instruction.answers
+    return answers.get("") or answers.get(preferences.units) or answers[preferences.drink]
 
 
 def chat(instruction: Instruction, preferences: Preferences) -> list[dict[str, str]]:
     """The two messages of an instruction answered in a user's style."""
-    answers = instruction.answers
-    answer = answers.get("") or answers.get(preferences.units) or answers[preferences.drink]
-    parts = [preferences.greeting, answer]
+    parts = [preferences.greeting, wanted_answer(instruction, preferences)]
     if preferences.detail == "full":
         parts.append(instruction.more.format(preferences.drink))
     parts.append(preferences.sign_off)

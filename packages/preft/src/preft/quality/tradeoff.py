@@ -1,0 +1,104 @@
+"""What a loss costs in speed: generated tokens a second of every arm over the bare model's, from one of two sources.
+
+measured    one vLLM engine a rank, arms and bare model interleaved (`preft.throughput`)
+FILE.json   a result of benchmarks/preft_serving.py: all arms at the benchmark's rank, on its model and machine
+
+Speed does not depend on what an adapter has learned, so fresh ones are served.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from preft.adapters import Adapter, AdapterError
+from preft.formats import save_adapter
+from preft.quality.arms import ADAPTERS
+from preft.quality.settings import MEASURED, NONE, AdapterQualityConfig
+from preft.throughput import measure
+from shared.models import Model
+from shared.runs import Run
+from shared.serialize import read_json
+
+# Names of the serving benchmark's arms: all-token adapters on this project's own operators.
+BENCHMARK_ARMS = {"lora": "lora_own", "reft": "reft_own", "lora_p": "lora_p", "reft_p": "reft_p"}
+
+
+class Speed(NamedTuple):
+    """An arm's generated tokens a second over the bare model's, median of the rounds, at a rank."""
+
+    arm: str
+    rank: int
+    over_base: float
+    tokens_per_s: float
+
+
+def speeds(config: AdapterQualityConfig, model: Model, run: Run) -> list[Speed]:
+    """Speed of the arms at the ranks that are measured; none where `throughput` is "none"."""
+    if config.throughput == NONE:
+        return []
+    if config.throughput != MEASURED:
+        return from_benchmark(Path(config.throughput))
+    rows = run.json_stage("throughput.json", lambda: _measured(config, model, run))
+    return [Speed(**row) for row in rows]
+
+
+def from_benchmark(path: Path) -> list[Speed]:
+    """Speed of the arms in the scene "short" of a serving benchmark's result, paired by round."""
+    if not path.is_file():
+        raise AdapterError(
+            f"throughput: there is no file {path}; give the JSON of benchmarks/preft_serving.py, or measured"
+        )
+    result: Mapping[str, Any] = read_json(path)
+    records = [one for one in result["raw"] if one["scene"] == "short"]
+    base = {one["round"]: one["tokens_per_s"] for one in records if one["arm"] == "base"}
+    found = []
+    for arm, name in BENCHMARK_ARMS.items():
+        pairs = [
+            (one["tokens_per_s"], base[one["round"]])
+            for one in records
+            if one["arm"] == name and one["round"] in base
+        ]
+        if pairs:
+            ratio = median(own / bare for own, bare in pairs)
+            found.append(Speed(arm, int(result["settings"]["rank"]), ratio, median(own for own, _ in pairs)))
+    if not found:
+        raise AdapterError(f"{path} holds no arm beside base in its scene short: run the whole benchmark")
+    return found
+
+
+def _measured(config: AdapterQualityConfig, model: Model, run: Run) -> list[dict[str, Any]]:
+    return [one._asdict() for rank in config.trace_ranks for one in _at_rank(config, model, rank, run)]
+
+
+def _at_rank(config: AdapterQualityConfig, model: Model, rank: int, run: Run) -> list[Speed]:
+    """One engine whose adapters all have the rank, so that none pays for another's size."""
+    from shared.generation.vllm_engine import VLLMGenerator
+
+    folders = {arm: run.path(f"throughput/{arm}-{rank}") for arm in config.arms}
+    for arm, folder in folders.items():
+        adapter = Adapter.create(model.hf, replace(ADAPTERS[arm], rank=rank))
+        save_adapter(adapter, folder, model.config.name, model.fingerprint)
+    trace = config.trace
+    engine = {"max_loras": trace.adapters, "max_cpu_loras": trace.adapters * len(folders)}
+    served = replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
+    with VLLMGenerator(served, adapters=folders, **engine) as generator:
+        arms = {"base": []} | {
+            arm: _copies(arm, folder, place, trace.adapters)
+            for place, (arm, folder) in enumerate(folders.items())
+        }
+        found = measure(generator.llm, arms, trace, model.architecture.vocab_size)
+    bare = found.pop("base")
+    return [
+        Speed(arm, rank, median(own / base for own, base in zip(speed.all, bare.all)), speed.median)
+        for arm, speed in found.items()
+    ]
+
+
+def _copies(arm: str, folder: Path, place: int, count: int) -> Sequence[Any]:
+    """`count` vLLM requests for distinct adapters of an arm, all from one folder; ids follow the generator's own."""
+    from vllm.lora.request import LoRARequest
+
+    first = 1 + len(ADAPTERS) + place * count
+    return [LoRARequest(f"{arm}-copy{i}", first + i, str(folder.resolve())) for i in range(count)]
