@@ -71,7 +71,7 @@ def mean_loss(losses: Sequence[Sequence[float]]) -> float:
 
 def by_distance(losses: Sequence[Sequence[float]]) -> Bins:
     """Sum of losses and number of tokens in each bin of the distance from the prompt."""
-    bins: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    bins: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for row in losses:
         for distance, loss in enumerate(row):
             entry = bins[bin_name(distance)]
