@@ -10,31 +10,37 @@ from preft.quality.people import Person
 from preft.quality.settings import MEASURED, AdapterQualityConfig
 from preft.quality.study import Cell, Result
 from preft.quality.tradeoff import Speed
-from shared.report import Report
+from shared.runs import Run
 
 
 def write_pages(
-    report: Report,
+    run: Run,
     config: AdapterQualityConfig,
     cells: Sequence[Cell],
     baselines: Mapping[str, Sequence[Result]],
     speeds: Sequence[Speed],
     persons: Sequence[Person],
 ) -> None:
-    """Add the study's results to a report."""
+    """Add the study's results to the run's report, its figures to the run's folder too."""
+    report = run.report
+
+    def figure(name: str, drawn: Any, caption: str) -> None:
+        report.figure(drawn, caption)
+        drawn.savefig(run.path(f"{name}.png"), dpi=150)
+
     report.text(f"# Quality of prefill-only adapters\n\n{_method(config)}\n\n{findings_text(cells)}")
-    report.figure(
-        rank_chart(cells, baselines), "Held-out loss over size; bands are 95% intervals over users."
-    )
+    bands = "Held-out loss over size; bands are 95% intervals over users."
+    figure("rank", rank_chart(cells, baselines), bands)
     report.table(loss_rows(config, cells, baselines), "Held-out loss, nats a response token")
     shown = [rank for rank in (*config.answer_ranks, *config.ranks) if rank in config.ranks][:2]
-    report.figure(
+    figure(
+        "distance",
         distance_chart(cells, list(dict.fromkeys(shown)), baselines["base"]),
         "Loss by distance from the prompt. Distance 0 is predicted by the prompt's last token. Greeting, content and "
         "sign-off stand at different distances, so the gap to the all-token twin (right) says more than the loss.",
     )
     if speeds:
-        report.figure(tradeoff_chart(cells, speeds, baselines["base"]), _speed_caption(config))
+        figure("tradeoff", tradeoff_chart(cells, speeds, baselines["base"]), _speed_caption(config))
         report.table([one._asdict() | {"arm": LABELS[one.arm]} for one in speeds], "Speed")
     if answers := answer_rows(cells, baselines):
         report.table(answers, "Greedy answers to held-out questions: share that keeps each preference")

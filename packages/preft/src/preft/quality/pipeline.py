@@ -33,7 +33,7 @@ def run_pipeline(config: AdapterQualityConfig, model_config: ModelConfig, run: R
     metrics["throughput_over_base"] = {
         arm: {str(one.rank): one.over_base for one in found if one.arm == arm} for arm in config.arms
     }
-    write_pages(run.report, config, cells, rivals, found, reported)
+    write_pages(run, config, cells, rivals, found, reported)
     return metrics
 
 
