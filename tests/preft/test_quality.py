@@ -300,10 +300,10 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "train", counted)
 
-    def run():
+    def run(config=SMALL, seed=0):
         trained.clear()
-        with start_run(tmp_path / "run", SMALL, seed=0) as one:
-            metrics = PIPELINE.run(SMALL, ModelConfig("random:llama"), one)
+        with start_run(tmp_path / "run", config, seed=seed) as one:
+            metrics = PIPELINE.run(config, ModelConfig("random:llama"), one)
             one.metrics(metrics)
         return metrics
 
@@ -327,3 +327,10 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
     assert page.count("<svg") == 2
     assert run() == metrics
     assert trained == []
+
+    extended = run(replace(SMALL, ranks=(1, 2, 3)))
+    assert {size for _, size in trained} == {3}
+    assert extended["heldout_loss"]["lora"].items() > metrics["heldout_loss"]["lora"].items()
+    other = run(replace(SMALL, heldout_chats=2))
+    assert len(trained) >= 5 * SMALL.users * SMALL.seeds
+    assert other["heldout_loss"]["base"] != metrics["heldout_loss"]["base"]

@@ -1,7 +1,8 @@
 """Training and measuring: for every arm and size first its learning rate, then one adapter a user and seed.
 
-Each arm and size is a stage of the run (tuning/ARM-SIZE.json, cells/ARM-SIZE.json), so an interrupted study goes on
-where it stopped. A seed draws the adapter's start and the order of the batches; the users are the same for all arms.
+Each arm and size leaves a file in tuning/ and one in cells/ (`preft.quality.stored`), so an interrupted study goes on
+where it stopped, and an extended one trains what is new. A seed draws the adapter's start and the order of the batches;
+the users are the same for all arms.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from preft.quality.measures import by_distance, mean_loss, response_losses, rows
 from preft.quality.people import Person
 from preft.quality.prompting import answer_shares, instructed
 from preft.quality.settings import AdapterQualityConfig
+from preft.quality.stored import stored
 from preft.quality.tuning import Tuned, walk
 from preft.train.rows import padding_id
 from shared.models import Model
@@ -57,10 +59,7 @@ def study(
     for arm, size in run.progress(sizes_of(config), "training adapters"):
         before = next((cell.tuned for cell in reversed(cells) if cell.arm == arm), None)
         tuned = _tuned(config, model, arm, size, before.rate if before else None, tuning, run)
-        measured = run.json_stage(
-            f"cells/{arm}-{size}.json",
-            lambda arm=arm, size=size, rate=tuned.rate: _cell(config, model, arm, size, rate, reported, run),
-        )
+        measured = _measured(config, model, arm, size, tuned.rate, reported, run)
         cells.append(Cell(arm, size, tuned, [Result(**row) for row in measured]))
     return cells
 
@@ -83,13 +82,20 @@ def _tuned(
     def search() -> list[list[float]]:
         return [[rate, value] for rate, value in walk(config.rates, start, loss).losses.items()]
 
-    found = run.json_stage(f"tuning/{arm}-{size}.json", search)
+    asked = {"arm": arm, "size": size, "start": start, "rates": config.rates}
+    found = stored(run, f"tuning/{arm}-{size}", _identity(config, model, run) | asked, search)
     # A loss that is not finite is null in a file.
     losses = {rate: float("nan") if loss is None else loss for rate, loss in found}
     return walk(config.rates, start, losses.__getitem__)
 
 
-def _cell(
+def _identity(config: AdapterQualityConfig, model: Model, run: Run) -> dict[str, Any]:
+    """What every result depends on: model, seed, whose chats, how many, and how training runs."""
+    names = ("data", "users", "tuning_users", "train_chats", "validation_chats", "heldout_chats", "train")
+    return {"model": model.fingerprint, "seed": run.seed} | {name: getattr(config, name) for name in names}
+
+
+def _measured(
     config: AdapterQualityConfig,
     model: Model,
     arm: str,
@@ -99,13 +105,22 @@ def _cell(
     run: Run,
 ) -> list[dict[str, Any]]:
     judged = arm == PREFIX or size in config.answer_ranks
-    rows = []
-    for seed in range(config.seeds):
-        settings = replace(config.train, learning_rate=rate, seed=run.seed + seed)
-        for person in reported:
-            trained = train(model, arm, size, person.train, settings)
-            rows.append(asdict(measure(config, trained, person, seed, judged and seed == 0)))
-    return rows
+
+    def results() -> list[dict[str, Any]]:
+        rows = []
+        for seed in range(config.seeds):
+            settings = replace(config.train, learning_rate=rate, seed=run.seed + seed)
+            for person in reported:
+                trained = train(model, arm, size, person.train, settings)
+                rows.append(asdict(measure(config, trained, person, seed, judged and seed == 0)))
+        return rows
+
+    asked = {"arm": arm, "size": size, "rate": rate, "seeds": config.seeds}
+    asked["answers"] = [config.answers, config.answer_tokens] if judged else None
+    found: list[dict[str, Any]] = stored(
+        run, f"cells/{arm}-{size}", _identity(config, model, run) | asked, results
+    )
+    return found
 
 
 def baselines(
@@ -127,8 +142,9 @@ def baselines(
             ]
         return {name: [asdict(result) for result in results] for name, results in found.items()}
 
-    stored = run.json_stage("baselines.json", compute)
-    return {name: [Result(**row) for row in rows] for name, rows in stored.items()}
+    asked = {"shown": config.shown_chats, "answers": [config.answers, config.answer_tokens]}
+    found = stored(run, "baselines", _identity(config, model, run) | asked, compute)
+    return {name: [Result(**row) for row in rows] for name, rows in found.items()}
 
 
 def heldout(trained: Trained, chats: Sequence[Sequence[Message]]) -> float:

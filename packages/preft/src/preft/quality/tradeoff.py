@@ -16,6 +16,7 @@ from preft.adapters import Adapter, AdapterError
 from preft.formats import save_adapter
 from preft.quality.arms import ADAPTERS
 from preft.quality.settings import MEASURED, NONE, AdapterQualityConfig
+from preft.quality.stored import stored
 from preft.throughput import measure
 from shared.models import Model
 from shared.runs import Run
@@ -40,7 +41,17 @@ def speeds(config: AdapterQualityConfig, model: Model, run: Run) -> list[Speed]:
         return []
     if config.throughput != MEASURED:
         return from_benchmark(Path(config.throughput))
-    rows = run.json_stage("throughput.json", lambda: _measured(config, model, run))
+    asked = {"model": model.fingerprint, "arms": config.arms, "trace": config.trace}
+    rows = [
+        row
+        for rank in config.trace_ranks
+        for row in stored(
+            run,
+            f"throughput/rank-{rank}",
+            asked | {"rank": rank},
+            lambda rank=rank: [one._asdict() for one in _at_rank(config, model, rank, run)],
+        )
+    ]
     return [Speed(**row) for row in rows]
 
 
@@ -66,10 +77,6 @@ def from_benchmark(path: Path) -> list[Speed]:
     if not found:
         raise AdapterError(f"{path} holds no arm beside base in its scene short: run the whole benchmark")
     return found
-
-
-def _measured(config: AdapterQualityConfig, model: Model, run: Run) -> list[dict[str, Any]]:
-    return [one._asdict() for rank in config.trace_ranks for one in _at_rank(config, model, rank, run)]
 
 
 def _at_rank(config: AdapterQualityConfig, model: Model, rank: int, run: Run) -> list[Speed]:
