@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from preft.forward import targets
 from preft.train import TrainConfig
 from preft.train.module import frozen
-from preft.train.rows import batches, padding_id
+from preft.train.rows import Layout, padding_id, schedule
 from shared.tokens import TokenBatch, TrainingRow
 
 
@@ -57,16 +57,16 @@ def train_prefix(
     hf: Any, tokenizer: Any, rows: Sequence[TrainingRow], tokens: int, config: TrainConfig
 ) -> Prefix:
     """Train a prefix on the loss, steps, batches and schedule that adapters are trained with (`train_adapter`)."""
-    from transformers import get_linear_schedule_with_warmup
-
     prefix = Prefix(hf, tokens, config.seed)
     parameters = list(prefix.peft.prompt_encoder.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
     )
-    schedule = get_linear_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, config.rate)
+    layout = Layout(padding_id(tokenizer))
     with frozen(hf):
-        for batch in batches(rows, config.batch_size, padding_id(tokenizer), config.steps, config.seed):
+        for numbers in schedule(rows, config.batch_size, config.steps, config.seed):
+            batch = layout.batch([rows[i] for i in numbers])
             labels_BT = targets(batch)[:, 1:].to(hf.device)
             loss = torch.nn.functional.cross_entropy(
                 prefix.logits(batch)[:, :-1].float().transpose(1, 2), labels_BT, ignore_index=-100
@@ -76,5 +76,5 @@ def train_prefix(
             if config.max_grad_norm:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
-            schedule.step()
+            rate.step()
     return prefix
