@@ -43,6 +43,7 @@ def rank_chart(cells: Sequence[Cell], baselines: Mapping[str, Sequence[Result]])
             axis.axhline(
                 interval(results).estimate, color=PALETTE[-1], linestyle=style, linewidth=1, label=name
             )
+    left.set_yscale("log")  # prompts that a model does not follow cost many times an adapter's loss
     left.set_xscale("log", base=2)
     left.set_xlabel("rank")
     left.set_ylabel("held-out loss (nats a response token)")
