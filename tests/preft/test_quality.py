@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,8 +259,17 @@ class TestBenchmarkFile:
         ]
         return [*rows, {"scene": "slots", "round": 0, "arm": "lora_p", "tokens_per_s": 1.0}]
 
+    def result(self, records):
+        return {"name": "preft_serving", "settings": {"rank": 8}, "raw": records}
+
+    def test_the_demos_recorded_throughput_is_read(self):
+        [path] = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("demo_*.json"))[:1]
+        medians = json.loads(path.read_text())["raw"]["preft"]["throughput"]
+        found = {one.arm: one.over_base for one in from_benchmark(path)}
+        assert found == {arm: medians[arm] / medians["base"] for arm in ("lora", "lora_p", "reft_p")}
+
     def test_ratios_are_paired_by_round(self, tmp_path):
-        write_json(tmp_path / "x.json", {"settings": {"rank": 8}, "raw": self.records()})
+        write_json(tmp_path / "x.json", self.result(self.records()))
         found = {one.arm: one for one in from_benchmark(tmp_path / "x.json")}
         assert {arm: (one.rank, one.over_base) for arm, one in found.items()} == {
             "lora_p": (8, pytest.approx(0.94)),
@@ -267,7 +277,7 @@ class TestBenchmarkFile:
         }
 
     def test_a_file_without_arms_or_no_file_is_refused(self, tmp_path):
-        write_json(tmp_path / "x.json", {"settings": {"rank": 8}, "raw": self.records()[:2]})
+        write_json(tmp_path / "x.json", self.result(self.records()[:2]))
         for name, why in (("x.json", "no arm beside base"), ("y.json", "no file")):
             with pytest.raises(AdapterError, match=why):
                 from_benchmark(tmp_path / name)

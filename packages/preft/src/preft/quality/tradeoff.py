@@ -1,7 +1,8 @@
 """What a loss costs in speed: generated tokens a second of every arm over the bare model's, from one of two sources.
 
 measured    one vLLM engine a rank, arms and bare model interleaved (`preft.throughput`)
-FILE.json   a result of benchmarks/preft_serving.py: all arms at the benchmark's rank, on its model and machine
+FILE.json   a result of benchmarks/preft_serving.py or benchmarks/demo.py: arms at that benchmark's rank, on its model and
+            machine
 
 Speed does not depend on what an adapter has learned, so fresh ones are served.
 """
@@ -56,26 +57,36 @@ def speeds(config: AdapterQualityConfig, model: Model, run: Run) -> list[Speed]:
 
 
 def from_benchmark(path: Path) -> list[Speed]:
-    """Speed of the arms in the scene "short" of a serving benchmark's result, paired by round."""
+    """Speed of the arms in a recorded result: the scene "short" of the serving benchmark, or the demo's throughput."""
     if not path.is_file():
         raise AdapterError(
             f"throughput: there is no file {path}; give the JSON of benchmarks/preft_serving.py, or measured"
         )
     result: Mapping[str, Any] = read_json(path)
+    found = _from_demo(result) if result["name"] == "demo" else _from_serving(result)
+    if not found:
+        raise AdapterError(f"{path} holds no arm beside base in its scene short: run the whole benchmark")
+    return found
+
+
+def _from_demo(result: Mapping[str, Any]) -> list[Speed]:
+    """Ratios of the medians over the demo's rounds, at the demo's rank, 8."""
+    medians = result["raw"]["preft"]["throughput"]
+    known = [arm for arm in ADAPTERS if arm in medians]
+    return [Speed(arm, 8, medians[arm] / medians["base"], medians[arm]) for arm in known]
+
+
+def _from_serving(result: Mapping[str, Any]) -> list[Speed]:
+    """Medians of the ratios of each round, all-token adapters on this project's own operators."""
     records = [one for one in result["raw"] if one["scene"] == "short"]
     base = {one["round"]: one["tokens_per_s"] for one in records if one["arm"] == "base"}
     found = []
     for arm, name in BENCHMARK_ARMS.items():
-        pairs = [
-            (one["tokens_per_s"], base[one["round"]])
-            for one in records
-            if one["arm"] == name and one["round"] in base
-        ]
-        if pairs:
-            ratio = median(own / bare for own, bare in pairs)
-            found.append(Speed(arm, int(result["settings"]["rank"]), ratio, median(own for own, _ in pairs)))
-    if not found:
-        raise AdapterError(f"{path} holds no arm beside base in its scene short: run the whole benchmark")
+        own = {one["round"]: one["tokens_per_s"] for one in records if one["arm"] == name}
+        ratios = [speed / base[turn] for turn, speed in own.items() if turn in base]
+        if ratios:
+            rank = int(result["settings"]["rank"])
+            found.append(Speed(arm, rank, median(ratios), median(own.values())))
     return found
 
 
