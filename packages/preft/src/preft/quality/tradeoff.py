@@ -1,8 +1,8 @@
 """What a loss costs in speed: generated tokens a second of every arm over the bare model's, from one of two sources.
 
 measured    one vLLM engine a rank, arms and bare model interleaved (`preft.throughput`)
-FILE.json   a result of benchmarks/preft_serving.py or benchmarks/demo.py: arms at that benchmark's rank, on its model and
-            machine
+FILE.json   a result of benchmarks/preft_serving.py or benchmarks/demo.py: arms at that benchmark's rank, on its model
+            and machine
 
 Speed does not depend on what an adapter has learned, so fresh ones are served.
 """
