@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from jaxtyping import Float
+from torch import Tensor
+
 from preft.adapters import Adapter, AdapterConfig
 from preft.forward import masked_logits
 from preft.quality.measures import Logits, Prefilled, greedy_answers, rows_of
@@ -62,7 +65,7 @@ def train(
     adapter_config = replace(ADAPTERS[arm], rank=size)
     adapter = train_adapter(model.hf, model.tokenizer, chats, adapter_config, config).adapter
 
-    def logits(batch: TokenBatch) -> object:
+    def logits(batch: TokenBatch) -> Float[Tensor, "B T V"]:
         return masked_logits(model.hf, adapter, batch)
 
     return Trained(model, adapter, None, logits, adapter.n_parameters())

@@ -118,7 +118,9 @@ def _span(found: Any) -> str:
 
 def answer_rows(cells: Sequence[Cell], baselines: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
     """One row an arm and size whose answers were judged."""
-    rows = [{"arm": name, "size": ""} | (answer_means(results) or {}) for name, results in baselines.items()]
+    rows: list[dict[str, Any]] = [
+        {"arm": name, "size": ""} | (answer_means(results) or {}) for name, results in baselines.items()
+    ]
     rows += [
         {"arm": LABELS[cell.arm], "size": cell.size} | means
         for cell in cells

@@ -41,7 +41,7 @@ class Prefix(nn.Module):
 
     def logits(self, batch: TokenBatch) -> Float[Tensor, "B T V"]:
         """Logits of a padded batch behind the prefix."""
-        hf = self.peft.get_base_model()
+        hf: Any = self.peft.get_base_model()
         batch = batch.to(hf.device)
         mask_BT = batch.attention_mask_BT
         return hf(

@@ -9,6 +9,7 @@ Speed does not depend on what an adapter has learned, so fresh ones are served.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -43,17 +44,16 @@ def speeds(config: AdapterQualityConfig, model: Model, run: Run) -> list[Speed]:
     if config.throughput != MEASURED:
         return from_benchmark(Path(config.throughput))
     asked = {"model": model.fingerprint, "arms": config.arms, "trace": config.trace}
-    rows = [
-        row
-        for rank in config.trace_ranks
-        for row in stored(
-            run,
-            f"throughput/rank-{rank}",
-            asked | {"rank": rank},
-            lambda rank=rank: [one._asdict() for one in _at_rank(config, model, rank, run)],
-        )
-    ]
-    return [Speed(**row) for row in rows]
+    found: list[Speed] = []
+    for rank in config.trace_ranks:
+        identity = asked | {"rank": rank}
+        rows = stored(run, f"throughput/rank-{rank}", identity, partial(_rows, config, model, rank, run))
+        found += [Speed(**row) for row in rows]
+    return found
+
+
+def _rows(config: AdapterQualityConfig, model: Model, rank: int, run: Run) -> list[dict[str, Any]]:
+    return [one._asdict() for one in _at_rank(config, model, rank, run)]
 
 
 def from_benchmark(path: Path) -> list[Speed]:
@@ -102,7 +102,8 @@ def _at_rank(config: AdapterQualityConfig, model: Model, rank: int, run: Run) ->
     engine = {"max_loras": trace.adapters, "max_cpu_loras": trace.adapters * len(folders)}
     served = replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
     with VLLMGenerator(served, adapters=folders, **engine) as generator:
-        arms = {"base": []} | {
+        arms: dict[str, Sequence[Any]] = {"base": []}
+        arms |= {
             arm: _copies(arm, folder, place, trace.adapters)
             for place, (arm, folder) in enumerate(folders.items())
         }
