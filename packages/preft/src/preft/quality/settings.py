@@ -34,7 +34,7 @@ class AdapterQualityConfig:
     answers: int = 24
     answer_ranks: tuple[int, ...] = (8, 64)
     answer_tokens: int = 48
-    throughput: str = MEASURED
+    throughput: str = NONE
     trace: ThroughputConfig = field(default_factory=lambda: ThroughputConfig(adapters=32))
     trace_ranks: tuple[int, ...] = (1, 8, 64)
 
