@@ -7,6 +7,7 @@ a prefill-only adapter links to the same weights.
 """
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,7 @@ def adapter_folders(model: Path, kind: str, rank: int, count: int, phase: Phase)
     return folders
 
 
+@cache
 def skeleton(model: Path) -> Any:
     """The Hugging Face model without weights: names and shapes only."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ def hardware_tag(hardware: Mapping[str, Any]) -> str:
     ).strip("-")
 
 
+@cache
+def made_here() -> dict[str, Any]:
+    """Hardware, versions and commit, looked up once: a benchmark may write after every round."""
+    made_with = describe()
+    made_with["hardware"]["processor"] = processor()
+    return made_with
+
+
 def write_results(
     name: str, claim: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], raw: Any = None
 ) -> Path:
@@ -42,8 +51,7 @@ def write_results(
 
     `rows` is the table (equal keys), `settings` what was measured on, `raw` the single measurements.
     """
-    made_with = describe()
-    made_with["hardware"]["processor"] = processor()
+    made_with = made_here()
     made_with["command"] = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     date = datetime.date.today().isoformat()
     stem = RESULTS / f"{name}_{hardware_tag(made_with['hardware'])}_{date}"

@@ -1,19 +1,30 @@
 """The serving benchmark's own arithmetic: traces, popularity, paired ratios, the line of JSON."""
 
+import io
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import _preft_models
 import _preft_plan as plan
+import _results
+import preft_serving
+from _preft_engine import Measured
+from _preft_models import SHAPES
 from _preft_report import rows, summary
 from _preft_trace import popularity, random_trace, read_trace
 
+from preft.adapter_files import WEIGHTS_FILE
+from preft.vllm.identity import CONFIG_FILE
 from shared.errors import UserError
+from shared.serialize import read_json, write_json
 
 KEYS = (
     "lora_p_over_base", "reft_p_over_base", "lora_p_over_lora", "lora_p_over_base_long_prompt",
@@ -120,3 +131,75 @@ class TestTraceFiles:
         path = self.write(tmp_path / "bad.jsonl", {"prompt": "fine", "output_tokens": 1}, line)
         with pytest.raises(UserError, match="line 2"):
             read_trace(path, vocabulary=100)
+
+
+class FakeEngine:
+    """An engine that answers at once; prefill-only arms at 0.95 of the base's speed."""
+
+    def __init__(self, config: Any) -> None:
+        assert config.slots <= max(config.cpu_adapters, config.slots)
+        self.config = config
+
+    def ready(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def replay(self, order: Any) -> Any:
+        assert all(item.adapter < len(order.folders) for item in order.items if order.folders)
+        assert all(len(item.prompt) + item.new_tokens <= self.config.max_length for item in order.items)
+        speed = 95.0 if order.folders else 100.0
+        generated = sum(item.new_tokens for item in order.items)
+        return Measured(generated / speed, generated, speed, 1, 2, 3, 4, 1e3 / speed, 5, ["x"])
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The whole command over `FakeEngine`: every scene, every file; returns its last line and its result files."""
+
+    def command(*arguments: str) -> tuple[dict[str, Any], dict[str, Path]]:
+        monkeypatch.setattr(preft_serving, "EngineProcess", FakeEngine)
+        monkeypatch.setattr(preft_serving, "ROOT", tmp_path)
+        monkeypatch.setattr(_preft_models, "save_adapter", lambda _, folder, **__: fake_adapter(folder))
+        monkeypatch.setattr(_preft_models, "_random_adapter", lambda *_, **__: None)
+        monkeypatch.setattr(_results, "RESULTS", tmp_path / "results")
+        monkeypatch.setattr(sys, "argv", ["preft_serving.py", *arguments])
+        write_json(tmp_path / "25m" / "config.json", SHAPES["25m"].config)  # no weights are made then
+        lines = io.StringIO()
+        with redirect_stdout(lines):
+            preft_serving.main()
+        files = {path.suffix: path for path in (tmp_path / "results").iterdir()}
+        return json.loads(lines.getvalue().splitlines()[-1]), files
+
+    return command
+
+
+def fake_adapter(folder: Path) -> None:
+    write_json(folder / CONFIG_FILE, {"preft": {"phase": "prefill"}})
+    (folder / WEIGHTS_FILE).write_bytes(b"1" * 100)
+
+
+def test_the_whole_command(run: Any) -> None:
+    found, files = run("--minutes", "0.001")
+    assert found["lora_p_over_base"] == pytest.approx(0.95)
+    assert found["slots8_over_resident"] == pytest.approx(1.0)
+    assert set(KEYS) <= set(found)
+    assert set(files) == {".json", ".md", ".png"}
+    raw = read_json(files[".json"])
+    assert len(raw["raw"]) == sum(len(scene.arms) for scene in plan.SCENES)
+    assert "lora_p_over_lora" in files[".md"].read_text()
+
+
+def test_curves_and_traces(run: Any, tmp_path: Path) -> None:
+    found, _ = run("--minutes", "0.001", "--curve", "16", "64", "--quick")
+    assert {"lora_p_over_lora_own@16", "lora_p_over_base@64"} <= set(found)
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 700, "output_length": 9}')
+    found, files = run("--minutes", "0.001", "--scenes", "short", "--trace", str(trace), "--cold")
+    assert {record["generated"] for record in read_json(files[".json"])["raw"]} == {9}
+
+
+def test_real_shapes_are_refused_without_a_gpu(run: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="needs a GPU"):
+        run("--model", "llama-3.1-8b")
