@@ -140,7 +140,9 @@ def test_chunks_do_not_matter(
 
 @pytest.mark.parametrize("spans", [[3], [5, 3], [3, 3], [0, 99], [-1, 4], ["a", "b"], "3,4", [1, 4, 3, 6]])
 def test_impossible_positions_are_refused(engine: VLLMGenerator, saved: dict[str, Path], spans: Any) -> None:
-    with pytest.raises(ValueError, match="must be positions start, end"):
+    from vllm.exceptions import VLLMValidationError  # a server answers it with status 400
+
+    with pytest.raises(VLLMValidationError, match="must be positions start, end"):
         ask(engine, saved, [("prompt", prompt(20), spans)], 2)
     assert not engine.llm.llm_engine.has_unfinished_requests()
     with pytest.raises(ValueError, match="must be positions"):

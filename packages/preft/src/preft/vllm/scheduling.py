@@ -205,7 +205,10 @@ def checking_spans(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(processor: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(processor, *args, **kwargs)
         if request.lora_request is not None and request.sampling_params is not None:
-            read_spans(request.sampling_params.extra_args, len(request.prompt_token_ids or ()))
+            try:
+                read_spans(request.sampling_params.extra_args, len(request.prompt_token_ids or ()))
+            except ValueError as error:
+                raise refusal()(str(error)) from error
         return request
 
     return process_inputs
