@@ -9,7 +9,7 @@ import torch
 from preft_cases import CONFIGS, prompt, stir
 from torch import Tensor
 
-from preft.adapters import Adapter, AdapterError
+from preft.adapters import Adapter, AdapterConfig, AdapterError
 from preft.reference import greedy_reference
 from preft.rl import GRPOConfig, HFSampler
 from preft.rl.logprobs import Group, completion_logprobs
@@ -17,7 +17,7 @@ from preft.rl.loss import advantages, policy_loss, sample_weights
 from preft.rl.rewards import REWARDS, Row, reward, reward_named
 from preft.rl.tasks import TASKS, task_named
 from shared.generation import Request, Sampling
-from shared.models import Model
+from shared.models import Model, ModelConfig, load
 
 N, G, C = 3, 4, 7
 
@@ -183,6 +183,21 @@ class TestSharedPrompts:
         for one, other in zip(*found):
             assert other.abs().max() > 0
             torch.testing.assert_close(one, other, atol=2e-5 * float(other.abs().max()), rtol=1e-3)
+
+    @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral", "qwen3"])
+    def test_other_families(self, family: str) -> None:
+        """Sliding windows shorter than the prompt, soft caps, norms on queries and keys."""
+        model = load(ModelConfig(f"random:{family}"))
+        model.hf.requires_grad_(False)
+        adapter = stir(Adapter.create(model.hf, AdapterConfig(rank=4)), seed=8).requires_grad_(True)
+        long = [Group(list(prompt(n, n)), [list(prompt(m, n + m)) for m in (20, 3)]) for n in (40, 25)]
+        found = []
+        for share in (True, False):
+            logprobs_SC = completion_logprobs(model.hf, adapter, long, 0, share_prompt=share).tempered_SC
+            gradients = torch.autograd.grad(logprobs_SC.sum(), list(adapter.parameters()))
+            found.append((logprobs_SC.detach(), *gradients))
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other, atol=2e-5 * max(1.0, float(other.abs().max())), rtol=1e-3)
 
     def test_the_log_probabilities_are_the_models(self, model: Model, adapters: dict[str, Adapter]) -> None:
         """Against one unpadded forward pass a sample and token."""

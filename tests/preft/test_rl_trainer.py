@@ -1,5 +1,6 @@
 """The GRPO loop: it learns, continues where it stopped, and refuses to learn from samples of another model."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from preft_cases import CONFIGS
+from preft_cases import CONFIGS, stir
 
 from preft.adapters import Adapter, AdapterConfig, AdapterError
 from preft.cli import main
 from preft.rl import GRPOConfig, GRPOTrainer, HFSampler, Row
 from shared.generation import Completion, Request, Sampling
 from shared.models import Model
+from shared.tokens import Phase
 
 ROWS = [Row(text) for text in ("abc", "hello there", "1 + 2 =", "x", "what is it", "seven")]
 CONFIG = GRPOConfig(
@@ -39,6 +41,30 @@ def trainer(model: Model, adapter: Adapter | AdapterConfig, config: GRPOConfig, 
 
 def values(adapter: Adapter) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in adapter.parameters()]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        AdapterConfig(rank=4),
+        AdapterConfig("loreft", rank=4, phase=Phase.ALL),
+    ],
+    ids=lambda a: f"{a.method}-{a.phase.value}",
+)
+def test_the_reward_rises_and_the_model_stays(model: Model, adapter: AdapterConfig) -> None:
+    before = [(parameter.clone(), parameter.requires_grad) for parameter in model.hf.parameters()]
+    figures: list[dict[str, float]] = []
+    config = replace(
+        CONFIG, steps=30, prompts_per_step=4, num_generations=12, max_completion_length=2, learning_rate=5e-2
+    )
+    trained = trainer(model, adapter, config, log=lambda step, **f: figures.append(f)).train()
+    first, last = (sum(f["reward"] for f in part) / 5 for part in (figures[:5], figures[-5:]))
+    assert last > first + 0.15
+    assert max(figure["logprob_gap_max"] for figure in figures) <= config.max_logprob_gap
+    assert not any(parameter.requires_grad for parameter in trained.parameters())
+    for parameter, (value, wanted) in zip(model.hf.parameters(), before):
+        assert torch.equal(parameter, value)
+        assert parameter.requires_grad == wanted
 
 
 @pytest.mark.parametrize("name", ["lora_p_0", "reft_p_1"])
@@ -115,6 +141,45 @@ def test_every_row_once_an_epoch(model: Model) -> None:
     epochs = [[one._row(epoch * len(ROWS) + i) for i in range(len(ROWS))] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(len(ROWS))) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_kl_term_measures_the_distance_to_the_model_without_adapter(model: Model) -> None:
+    for adapter, near in (
+        (Adapter.create(model.hf, AdapterConfig(rank=4)), True),
+        (stir(Adapter.create(model.hf, AdapterConfig(rank=4)), seed=2, size=0.5), False),
+    ):
+        one = trainer(model, adapter, replace(CONFIG, steps=1, beta=1.0), reward=lambda text, row: 1.0)
+        figures = one.step(0)
+        assert (figures["kl"] == 0) if near else (figures["kl"] > 0.1)
+        assert figures["loss"] == pytest.approx(
+            figures["kl"], rel=1e-4
+        )  # rewards all alike: nothing else is left
+
+
+def test_the_command_trains_reports_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = "--sampler hf --steps 2 --prompts-per-step 2 --num-generations 2 --max-completion-length 4"
+    command = [
+        "rl",
+        "--out",
+        str(tmp_path),
+        *settings.split(),
+        "--train-prompts",
+        "4",
+        "--heldout-prompts",
+        "2",
+    ]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "held-out reward before:" in printed
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["steps"] == 2
+    assert metrics["logprob_gap_max"] <= 1e-5
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert "Held-out reward" in (tmp_path / "report.html").read_text()
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert main(command) == 0
+    assert weights.stat().st_mtime_ns == written, "the finished training was done again"
 
 
 @pytest.mark.parametrize(
