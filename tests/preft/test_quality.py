@@ -341,6 +341,7 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
     extended = run(replace(SMALL, ranks=(1, 2, 3)))
     assert {size for _, size in trained} == {3}
     assert extended["heldout_loss"]["lora"].items() > metrics["heldout_loss"]["lora"].items()
-    other = run(replace(SMALL, heldout_chats=2))
-    assert len(trained) >= 5 * SMALL.users * SMALL.seeds
-    assert other["heldout_loss"]["base"] != metrics["heldout_loss"]["base"]
+    stop = 1  # other chats: nothing of before counts
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(SMALL, heldout_chats=2))
+    assert trained == [("lora", 1)]
