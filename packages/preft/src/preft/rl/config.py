@@ -12,7 +12,7 @@ class GRPOConfig:
     A step draws `num_generations` samples for each of `prompts_per_step` prompts and takes `num_iterations` optimiser
     steps on them. `epsilon_high` None equals `epsilon`. `beta` weighs the KL divergence to the base model.
     `max_logprob_gap` (nats) is the most that trainer and sampler may differ on any generated token, None for no limit.
-    In float32 they differ by 1e-7 on average, and by 1e-5 or a little more on the least likely of thousands of tokens.
+    In float32 they differ by 1e-7 on average, and by up to 2e-5 on the worst of thousands of tokens.
     `groups_per_forward` bounds the trainer's memory: groups in one forward and backward pass.
     CHOICES lists what the three settings in words may be.
     """
