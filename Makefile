@@ -17,13 +17,14 @@ STAMP := .venv/.setup-$(ACCEL)
 model = $(if $(MODEL),$(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),model.name=$(MODEL)))
 package_adapter_serving := preft
 package_adapter_quality := quality
+package_adapter_rl := rl
 package_circuit_tracing := circuits
 package_assumption_probing := assumptions
 experiment = $(if $(EXPERIMENT),experiment=$(package_$(1))/$(EXPERIMENT))
 run = $(PY) -m shared.run pipeline=$(1) $(model) $(experiment) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo preft preft-quality circuits assumptions sweep bench bench-preft tinyworld test check format lock clean
+.PHONY: help setup demo preft preft-quality preft-rl circuits assumptions sweep bench bench-preft tinyworld test check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +42,9 @@ preft: setup ## prefill-only adapters: train, serve in one vLLM batch (MODEL=, E
 
 preft-quality: setup ## loss of prefill-only adapters by rank, distance and speed, beside rivals (MODEL=, EXPERIMENT=, ARGS=)
 	@$(call run,adapter_quality)
+
+preft-rl: setup ## one adapter from rewards: GRPO, rollouts in vLLM (MODEL=, EXPERIMENT=, ARGS=)
+	@$(call run,adapter_rl)
 
 circuits: setup ## neuron circuits: attribute, prune, ablate (MODEL=, EXPERIMENT=, ARGS=)
 	@$(call run,circuit_tracing)

@@ -63,11 +63,21 @@ def test_no_source_file_is_over_four_hundred_lines():
 
 
 def test_nothing_is_pickled():
-    """JSON, JSONL and safetensors only: no pickle module, no torch.save or torch.load."""
+    """JSON, JSONL and safetensors only: no pickle module, no torch.save or torch.load.
+
+    One file reads the .bin files of other programs (peft, pyreft), and takes tensors only out of them.
+    """
     pattern = re.compile(
         r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b|torch\.(save|load)\(", re.MULTILINE
     )
-    assert not named([path for path in sources() if pattern.search(path.read_text(encoding="utf-8"))])
+    foreign = ROOT / "packages/preft/src/preft/adapter_files.py"
+    found = [path for path in sources() if pattern.search(path.read_text(encoding="utf-8"))]
+    assert named(found) == named([foreign])
+    reader = foreign.read_text(encoding="utf-8")
+    assert "torch.save(" not in reader
+    loads = re.findall(r"torch\.load\([^)]*\)", reader)
+    assert loads
+    assert all("weights_only=True" in load for load in loads)
 
 
 def test_no_path_of_a_machine_is_written_down():

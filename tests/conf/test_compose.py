@@ -18,6 +18,7 @@ CONF = Path(__file__).parents[2] / "conf"
 NAMES = {
     "preft": "adapter_serving",
     "quality": "adapter_quality",
+    "rl": "adapter_rl",
     "circuits": "circuit_tracing",
     "assumptions": "assumption_probing",
 }

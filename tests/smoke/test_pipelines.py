@@ -14,6 +14,7 @@ from shared.serialize import read_json
 PACKAGES = {
     "adapter_serving": "preft",
     "adapter_quality": "quality",
+    "adapter_rl": "rl",
     "circuit_tracing": "circuits",
     "assumption_probing": "assumptions",
 }

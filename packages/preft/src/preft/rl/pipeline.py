@@ -89,7 +89,12 @@ def open_sampler(config: AdapterRLConfig, model: Model) -> Iterator[Sampler]:
 
     # Two slots and three places: a new version is loaded while requests may still hold the old one. Whole prompts: on a
     # CPU vLLM 0.32 fails at a seeded request whose prompt is cut in chunks (it winds back a generator that cannot be).
-    engine = {"enable_lora": True, "max_loras": 2, "max_cpu_loras": 3, "disable_log_stats": True}
+    engine: dict[str, Any] = {
+        "enable_lora": True,
+        "max_loras": 2,
+        "max_cpu_loras": 3,
+        "disable_log_stats": True,
+    }
     engine |= {
         "enable_chunked_prefill": False,
         "max_lora_rank": lora_rank(config.adapter.rank),
