@@ -71,7 +71,8 @@ class EngineProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.lora.request"])
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, config), daemon=True)
+        # Not a daemon: on a GPU vLLM starts a process of its own below it.
+        self._process = context.Process(target=_serve, args=(theirs, config))
         self._process.start()
         theirs.close()
 
@@ -196,7 +197,8 @@ def _timed(engine: Any, order: Order, loras: list[Any]) -> Measured:
             name = f"{_runs}-{i}"
             lora = loras[item.adapter] if loras else None
             engine.add_request(name, {"prompt_token_ids": item.prompt}, params, lora_request=lora)
-            sent[name], tokens[name] = max(now, start + item.at), []
+            # A timed trace's request waits from its arrival, also while a step runs or the concurrency is full.
+            sent[name], tokens[name] = start + item.at if item.at else now, []
         if not sent:
             time.sleep(max(0.0, start + waiting[0][1].at - time.perf_counter()))
             continue

@@ -1,8 +1,8 @@
 """What the serving benchmark measures: engines, arms (who is served on which engine), scenes and ratios.
 
 A ratio is taken between two arms of one scene, round by round: in a round every arm replays the same prompts, one arm
-after the other, in an order that rotates. Its estimate is the median of the rounds' ratios, its interval a bootstrap
-over rounds.
+after the other, in an order drawn anew every round (so that no arm always follows the same one). Its estimate is the
+median of the rounds' ratios, its interval a bootstrap over rounds.
 """
 
 from collections.abc import Sequence
@@ -51,8 +51,7 @@ class Scene:
         """The arms of a round, in its order."""
         skipped = {arm for arm, k in self.every if turn % k}
         arms = [arm for arm in self.arms if arm not in skipped]
-        shift = turn % len(arms)
-        return arms[shift:] + arms[:shift]
+        return [arms[i] for i in np.random.default_rng(turn).permutation(len(arms))]
 
 
 class Ratio(NamedTuple):
@@ -91,7 +90,7 @@ _RIVALS = (("lora_own", 3), ("reft_own", 3), ("lora_stock", 3))  # their ratios 
 SCENES = (
     Scene(
         "short", 64, 256,
-        ("stock", "base", "lora_p", "reft_p", "lora_own", "reft_own", "lora_stock"), 6.5, _RIVALS,
+        ("stock", "base", "lora_p", "reft_p", "lora_own", "reft_own", "lora_stock"), 9.0, _RIVALS,
     ),
     Scene("long_prompt", 256, 128, ("base", "lora_p"), 1.5),
     Scene("rank256", 64, 256, ("lora_p", "lora_p_rank256"), 1.5),

@@ -11,17 +11,19 @@ CLAIM = (
     "Prefill-only adapters in stock vLLM decode like the bare model. Ratios are medians of round-by-round ratios with "
     "95% bootstrap intervals; all arms of a scene replay the same prompts in turn."
 )
+MIN_ROUNDS = 3  # fewer give no interval worth the name
 Records = Sequence[Mapping[str, Any]]
 
 
 def summary(ratios: Sequence[Ratio], records: Records) -> dict[str, Any]:
-    """Every measured ratio by its key, with its interval under KEY_ci."""
+    """Every measured ratio by its key, with its interval under KEY_ci (None below three rounds)."""
     found: dict[str, Any] = {}
     for ratio in ratios:
         if measured := estimate(ratio, records):
-            interval, _ = measured
+            interval, rounds = measured
             found[ratio.key] = round(interval.estimate, 4)
-            found[f"{ratio.key}_ci"] = [round(interval.low, 4), round(interval.high, 4)]
+            enough = rounds >= MIN_ROUNDS
+            found[f"{ratio.key}_ci"] = [round(interval.low, 4), round(interval.high, 4)] if enough else None
     return found
 
 
@@ -42,7 +44,9 @@ def ratio_rows(ratios: Sequence[Ratio], records: Records) -> list[dict[str, Any]
                 {
                     "figure": ratio.key,
                     "median": interval.estimate,
-                    "interval": f"{interval.low:.4g} to {interval.high:.4g}",
+                    "interval": f"{interval.low:.4g} to {interval.high:.4g}"
+                    if rounds >= MIN_ROUNDS
+                    else f"{rounds} rounds",
                     "note": ""
                     if ratio.target is None
                     else f"{sign} {ratio.target}: {'reached' if verdict else 'not reached'}",

@@ -87,7 +87,7 @@ class Benchmark:
     def _scenes(self) -> list[plan.Scene]:
         chosen = self.options.scenes or ([] if self.options.curve else [scene.name for scene in plan.SCENES])
         scenes = [scene for scene in plan.SCENES if scene.name in chosen]
-        if self.options.quick and not self.options.scenes:
+        if (self.options.quick or self.trace) and not self.options.scenes:
             scenes = scenes[:1]
         scenes += plan.curve_scenes(self.options.curve, 128, self.options.minutes / 2)
         if not (served := [scene for scene in scenes if self._arms(scene)]):
@@ -168,9 +168,12 @@ class Benchmark:
         prompt, new = self._lengths(scene)
         seed = options.seed + 1000 * turn + (500 if new_tokens else 0)
         items = random_trace(options.requests, prompt, new_tokens or new, adapters, self.vocabulary, seed)
-        if self.trace and not new_tokens:
+        if self.trace:
             drawn = popularity(options.popularity, len(self.trace), count, turn, options.seed)
-            items = [item._replace(adapter=adapter) for item, adapter in zip(self.trace, drawn, strict=True)]
+            pairs = zip(self.trace, drawn, strict=True)
+            items = [
+                i._replace(adapter=adapter, new_tokens=new_tokens or i.new_tokens) for i, adapter in pairs
+            ]
         folders = [str(folder) for folder in self._folders(who, count)]
         return self.engines[who.engine].replay(Order(items, folders, options.concurrency, options.cold))
 
