@@ -113,6 +113,9 @@ def plot(ratios: Sequence[Ratio], records: Records, path: Path) -> None:
                 axis.plot(ratio.target, y, "|", color=PALETTE[1], markersize=14)
         axis.set_yticks(range(len(bars)), [ratio.key for ratio, _ in reversed(bars)])
         axis.set_xscale("log")
+        axis.set_xticks([0.7, 1, 1.5, 2, 3], minor=False)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
         axis.set_xlabel("ratio of speeds (orange: what is asked)")
     if curves:
         for name, points in curves.items():
