@@ -8,9 +8,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper module; the import mode adds nothing
 
-from preft_cases import CONFIGS, Checker, stir
+from preft_cases import COMPOSED, CONFIGS, Checker, stir
 
 from preft.adapters import Adapter
+from preft.composition import Composition, compose
 from preft.formats import save_adapter
 from shared.models import Model, ModelConfig, load
 
@@ -41,6 +42,16 @@ def adapters(model: Model) -> dict[str, Adapter]:
 
 
 @pytest.fixture(scope="session")
+def composed(adapters: dict[str, Adapter]) -> Composition:
+    return compose([(adapters["lora_p_0"], 1.0), (adapters["lora_decode"], 1.0)])
+
+
+@pytest.fixture(scope="session")
+def composed_folder(composed: Composition, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return composed.save(tmp_path_factory.mktemp("composed") / COMPOSED)
+
+
+@pytest.fixture(scope="session")
 def folders(adapters: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     return {name: save_adapter(adapter, root / name) for name, adapter in adapters.items()}
@@ -52,5 +63,5 @@ def model_folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def checker(model: Model, adapters: dict[str, Adapter]) -> Checker:
-    return Checker(model, adapters)
+def checker(model: Model, adapters: dict[str, Adapter], composed: Composition) -> Checker:
+    return Checker(model, adapters | {COMPOSED: composed})

@@ -2,12 +2,13 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from preft.adapters import Adapter, AdapterConfig
+from preft.composition import Composition
 from preft.reference import greedy_reference
 from shared.errors import UserError
 from shared.generation import Request, Sampling
@@ -26,6 +27,7 @@ CONFIGS = {
     "lora_boundary": AdapterConfig(rank=4, phase=Phase.DECODE_BOUNDARY),
     "reft_all": AdapterConfig("direft", rank=4, phase=Phase.ALL),
 }
+COMPOSED = "then"  # lora_p_0 for the prompt, lora_decode for the answer
 
 
 class Case(NamedTuple):
@@ -48,7 +50,7 @@ def stir(adapter: Adapter, seed: int, size: float = 1.0) -> Adapter:
 class Checker:
     """Runs cases through an engine and compares each with the reference, which is computed once a case."""
 
-    def __init__(self, model: Model, adapters: dict[str, Adapter]) -> None:
+    def __init__(self, model: Model, adapters: Mapping[str, Adapter | Composition]) -> None:
         self.model, self.adapters = model, adapters
         self._known: dict[tuple[Case, int], list[int]] = {}
 

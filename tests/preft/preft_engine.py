@@ -19,12 +19,15 @@ def scheduler(generator: VLLMGenerator) -> Any:
 
 
 class Driver:
-    """Requests enter, leave and are stepped one by one; `outputs` holds the last output of each by its name."""
+    """Requests enter, leave and are stepped one by one.
+
+    `outputs` holds the last output of each by its name, `samples` the tokens so far of each of its samples.
+    """
 
     def __init__(self, generator: VLLMGenerator) -> None:
         self.generator, self.engine = generator, generator.llm.llm_engine
         self.outputs: dict[str, Any] = {}
-        self._counts: dict[str, int] = {}
+        self.samples: dict[str, dict[int, list[int]]] = {}
         self.longest_advance = 0  # most tokens that one step added to one request
 
     def add(self, name: str, case: Case, max_tokens: int = 16, lora: Any = None, **sampling: Any) -> None:
@@ -42,10 +45,13 @@ class Driver:
         with third_party_warnings_ignored():
             outputs = self.engine.step()
         for output in outputs:
-            name, count = output.request_id, len(output.outputs[0].token_ids)
-            # An output's list of tokens is the engine's own and goes on growing.
-            self.longest_advance = max(self.longest_advance, count - self._counts.get(name, 0))
-            self.outputs[name], self._counts[name] = output, count
+            self.outputs[output.request_id] = output
+            known = self.samples.setdefault(output.request_id, {})
+            for sample in output.outputs:
+                advance = len(sample.token_ids) - len(known.get(sample.index, ()))
+                self.longest_advance = max(self.longest_advance, advance)
+                # A copy: an output's list of tokens is the engine's own and goes on growing.
+                known[sample.index] = list(sample.token_ids)
 
     def steps(self, count: int) -> None:
         for _ in range(count):

@@ -3,6 +3,8 @@
 import json
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from preft.composition import Composition, compose
 from preft.forward import masked_logits
 from preft.parts import Source, read_source, save_source, sum_sources
 from preft.reference import greedy_reference
+from preft.vllm.fit import check_served
 from preft.vllm.identity import AdapterRegistry, part_id, read_identity
 from preft.vllm.mapping import KINDS, Kind
 from preft.vllm.residual import SITE
@@ -148,8 +151,6 @@ def test_one_phase_is_an_ordinary_folder_and_several_have_parts(
 
 
 def test_parts_have_ids_by_content(adapters: dict[str, Adapter], tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
     pairs = {
         "a": [(adapters["lora_p_0"], 1.0), (adapters["lora_decode"], 1.0)],
         "b": [(adapters["lora_p_0"], 1.0), (adapters["lora_decode"], 0.5)],
@@ -167,6 +168,31 @@ def test_parts_have_ids_by_content(adapters: dict[str, Adapter], tmp_path: Path)
     assert registry.part_ids(1) == {rows["a"][0].lora_int_id, rows["a"][2].lora_int_id}
     assert registry.part_ids(9) == {9}
     assert part_id("f" * 16) < 2**63
+
+
+def test_a_speculating_engine_needs_a_slot_for_every_part(
+    adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    """It computes the last prompt token and drafts in one chunk; with fewer slots it would wait for ever."""
+    pair = [(adapters["lora_p_0"], 1.0), (adapters["lora_decode"], 1.0)]
+    then = read_identity(compose(pair).save(tmp_path / "then"))
+
+    def check(slots: int, speculative_config: Any) -> None:
+        text = SimpleNamespace(num_hidden_layers=3, hidden_size=128)
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(hf_text_config=text),
+            additional_config={},
+            speculative_config=speculative_config,
+            lora_config=SimpleNamespace(max_loras=slots),
+        )
+        check_served("then", then, config)
+
+    check(1, None)
+    check(2, "ngram")
+    with pytest.raises(
+        ValueError, match="'then' has 2 parts; with speculative decoding it needs max_loras >= 2"
+    ):
+        check(1, "ngram")
 
 
 def test_every_file_of_a_part_counts(adapters: dict[str, Adapter], tmp_path: Path) -> None:

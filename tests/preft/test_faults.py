@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from preft_engine import Driver, scheduler
 
 from preft.adapters import Adapter, AdapterConfig
 from preft.formats import save_adapter
-from preft.vllm.mapping import layout, map_step
+from preft.vllm.identity import AdapterIdentity, AdapterRegistry
+from preft.vllm.metrics import WorkerCounts
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import Model, ModelConfig
 from shared.tokens import Phase
@@ -69,10 +71,18 @@ FAULTS = {
 
 @pytest.mark.parametrize(("file", "name"), FAULTS.values(), ids=FAULTS)
 def test_every_fault_has_its_test(file: str, name: str) -> None:
+    """It is there, it runs wherever the suite does, and it can fail."""
     tree = ast.parse((HERE / f"test_{file}.py").read_text())
-    assert f"test_{name}" in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    [test] = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and node.name == f"test_{name}"]
+    assert not [mark for mark in test.decorator_list if "skip" in ast.unparse(mark)]
+    assert not {"skip", "importorskip"} & {
+        node.attr for node in ast.walk(test) if isinstance(node, ast.Attribute)
+    }
+    body = "".join(ast.unparse(statement) for statement in test.body)
+    assert any(check in body for check in ("assert ", ".check(", "pytest.raises("))
 
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 VARIANTS = {
     "lora": AdapterConfig(rank=4),
     "lora of one module": AdapterConfig(rank=4, target_modules=("down_proj",)),
@@ -160,20 +170,53 @@ def test_6_decoding_runs_the_operators_of_the_base_model(engine: VLLMGenerator) 
     assert decode(["lora, all", "direft, all", None]) != base
 
 
-def test_8_the_map_of_a_step_does_not_loop_over_tokens() -> None:
-    """As many Python calls for 8192 tokens of 64 requests as for 64."""
+def test_8_the_map_of_a_step_does_not_loop_over_tokens(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the runner's arrays to the operators' segments: as many bytecodes for 8192 tokens as for 128."""
+    from vllm.lora.request import LoRARequest
 
-    def calls(scheduled: int) -> int:
-        batch = layout(np.arange(1, 65)[:, None] * np.array([[1, 1, 0]]), np.full(64, 50), {})
-        computed_R, one_R, seen = np.zeros(64, dtype=np.int64), np.ones(64, dtype=np.int64), Counter[str]()
-        sys.setprofile(lambda frame, event, argument: seen.update([event]))
+    from preft.vllm import runner
+    from preft.vllm.kernels import segmented_wrapper
+
+    requests, slots = 64, list(range(1, 65))
+    registry = AdapterRegistry()
+    registry._known = {(i, f"/{i}"): AdapterIdentity(Phase.PREFILL, "lora", "d", ()) for i in slots}
+    monkeypatch.setattr(runner, "worker_adapters", registry)
+    monkeypatch.setattr(runner, "worker_counts", WorkerCounts())
+    wrapper = segmented_wrapper()(8192, requests, "cpu")
+    make_inputs = runner.make_lora_inputs_v1(lambda *_: ((), (), []))
+    one_R = np.ones(requests, dtype=np.int64)
+    batch = SimpleNamespace(
+        num_reqs=requests,
+        request_lora_mapping=np.array(slots),
+        lora_id_to_lora_request={i: LoRARequest(str(i), i, f"/{i}") for i in slots},
+        num_prompt_tokens=one_R * 500,
+        num_computed_tokens_cpu=one_R * 100,
+        req_ids=[str(i) for i in slots],
+        cached_requests={str(i): SimpleNamespace(lora_request=None) for i in slots},
+    )
+
+    def bytecodes(scheduled: int) -> int:
+        executed = 0
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal executed
+            frame.f_trace_opcodes = True
+            executed += event == "opcode"
+            return trace
+
+        sys.settrace(trace)
         try:
-            map_step(batch, computed_R, one_R * scheduled, one_R)
+            sampled, tokens, _ = make_inputs(batch, one_R * scheduled, one_R)
+            mapping = SimpleNamespace(index_mapping=tokens, prompt_mapping=sampled)
+            wrapper.update_metadata(mapping, slots, len(slots), 1000)
         finally:
-            sys.setprofile(None)
-        return seen["call"] + seen["c_call"]
+            sys.settrace(None)
+        assert len(wrapper.token_runs) == requests
+        assert wrapper.token_runs[-1].end == requests * scheduled
+        return executed
 
-    assert calls(128) == calls(1)
+    bytecodes(2)  # what is looked up once
+    assert bytecodes(128) == bytecodes(2) > 1000
 
 
 def test_12_a_failed_load_of_blocks_is_computed_again(

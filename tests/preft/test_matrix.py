@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from preft_cases import CONFIGS, Case, Checker, prompt, stir
+from preft_cases import COMPOSED, CONFIGS, Case, Checker, prompt, stir
 from preft_engine import V2, Driver, any_engine, chunks_of, few_blocks, scheduler
 
 from preft.adapters import Adapter
@@ -34,14 +34,15 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 if V2:
     ENGINES["async_ngram"] = {"async_scheduling": True, "speculative_config": NGRAM | {"method": "ngram_gpu"}}
+KINDS = [None, *CONFIGS, COMPOSED]
 PREFILL_ONLY = [name for name in CONFIGS if "_p_" in name]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(
-    request: pytest.FixtureRequest, model_folder: Path, folders: dict[str, Path]
+    request: pytest.FixtureRequest, model_folder: Path, folders: dict[str, Path], composed_folder: Path
 ) -> Iterator[VLLMGenerator]:
-    settings = COMMON | ENGINES[request.param]
+    settings, folders = COMMON | ENGINES[request.param], folders | {COMPOSED: composed_folder}
     with any_engine():
         with VLLMGenerator(ModelConfig(str(model_folder)), adapters=folders, **settings) as generator:
             config = generator.llm.llm_engine.vllm_config
@@ -84,7 +85,7 @@ def cold_cache(engine: VLLMGenerator) -> Iterator[None]:
 
 
 def every_kind(length: int, step: int = 3) -> list[Case]:
-    return [Case(name, prompt(length + step * i, i)) for i, name in enumerate([None, *CONFIGS])]
+    return [Case(name, prompt(length + step * i, i)) for i, name in enumerate(KINDS)]
 
 
 def test_the_adapters_change_the_answers(checker: Checker) -> None:
@@ -124,7 +125,7 @@ def test_chunks_cut_by_a_small_budget(
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_prompts_of_one_token(engine: VLLMGenerator, checker: Checker, length: int) -> None:
-    checker.check(engine, [Case(name, prompt(length, 3 + i)) for i, name in enumerate([None, *CONFIGS])])
+    checker.check(engine, [Case(name, prompt(length, 3 + i)) for i, name in enumerate(KINDS)])
 
 
 def test_prompt_lengths_around_blocks(engine: VLLMGenerator, checker: Checker) -> None:
@@ -322,8 +323,9 @@ def test_adapters_swapped_while_others_are_read(
 
 
 def test_new_weights_are_loaded_on_purpose_or_not_at_all(
-    engine: VLLMGenerator, folders: dict[str, Path], tmp_path: Path
+    engine: VLLMGenerator, checker: Checker, folders: dict[str, Path], tmp_path: Path
 ) -> None:
+    """What acts on other tokens needs another id even once the first is removed: requests may still run under it."""
     from vllm.lora.request import LoRARequest
 
     folder, driver = tmp_path / "changed", Driver(engine)
@@ -337,6 +339,14 @@ def test_new_weights_are_loaded_on_purpose_or_not_at_all(
     with pytest.raises(ValueError, match=r"was loaded with phase 'prefill'.*load it under another id"):
         driver.engine.add_lora(LoRARequest("changed", 93, str(folder), load_inplace=True))
     assert driver.engine.remove_lora(93)
+    with pytest.raises(ValueError, match=r"with phase 'prefill'.*load it under another id"):
+        driver.add("third", Case(None, prompt(20)), 1, lora=LoRARequest("changed", 93, str(folder)))
+    with pytest.raises(ValueError, match="load it under another id"):
+        driver.engine.add_lora(LoRARequest("changed", 93, str(folder)))
+    case = Case("lora_all", prompt(20))
+    driver.add("other id", case, lora=LoRARequest("changed", 95, str(folder)))
+    driver.run()
+    assert driver.tokens("other id") == checker.reference(case, 16)
 
 
 def test_a_folder_without_adapter_is_refused_and_the_engine_lives_on(
@@ -424,7 +434,7 @@ def test_log_probabilities(engine: VLLMGenerator, mild: Mild, model: Model, leng
 def test_repetitive_prompts(engine: VLLMGenerator, checker: Checker) -> None:
     """Text that n-gram speculation drafts from: several tokens a step are accepted, and the answers are the same."""
     driver = Driver(engine)
-    cases = {str(name): Case(name, prompt(1, i) * 30) for i, name in enumerate([None, *CONFIGS])}
+    cases = {str(name): Case(name, prompt(1, i) * 30) for i, name in enumerate(KINDS)}
     for name, case in cases.items():
         driver.add(name, case, max_tokens=28)
     driver.run()

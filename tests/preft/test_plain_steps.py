@@ -1,6 +1,9 @@
 """The shortcut for steps without adapted tokens against the map of the step."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from preft.vllm import runner
 from preft.vllm.identity import AdapterIdentity, AdapterRegistry
+from preft.vllm.metrics import WorkerCounts
 from shared.tokens import Phase
 
 PHASES = list(Phase)
@@ -52,15 +56,40 @@ def test_a_step_maps_alike_with_and_without_the_shortcut(
         lora_id_to_lora_request=loras,
         num_prompt_tokens=prompt_R,
         num_computed_tokens_cpu=computed_R,
-        req_ids=[],
-        cached_requests={},
+        req_ids=[str(row) for row in range(len(rows))],
+        cached_requests={str(row): SimpleNamespace(lora_request=None) for row in range(len(rows))},
     )
     sampled_R = np.ones_like(scheduled_R)
-    sampled, tokens, active = runner.make_lora_inputs_v1(lambda *_: None)(batch, scheduled_R, sampled_R)
-    step = runner.step_of(adapter_R, loras.values(), {}, prompt_R, computed_R, scheduled_R, sampled_R)
-    assert (sampled, tokens) == (tuple(step.map.sampled_S.tolist()), tuple(step.map.token_K.tolist()))
-    assert active == step.active
-    assert batch.num_active_adapters == runner.dispatch_count(len(active), step.map)
+    names = [str(row) for row in range(len(rows))]
+    batch_v2 = SimpleNamespace(
+        lora_requests={name: loras[number] for name, number in zip(names, adapter_R.tolist()) if number},
+        lora_ids=adapter_R,
+        request_states=SimpleNamespace(
+            prompt_len=SimpleNamespace(np=prompt_R), num_computed_tokens_np=computed_R
+        ),
+    )
+    v1 = runner.make_lora_inputs_v1(lambda *_: ((), (), []))
+    v2 = runner.make_lora_inputs_v2(lambda *_: ((), (), []))
+    everything = np.arange(len(rows))
+    step, counts = counted(
+        lambda: runner.step_of(adapter_R, loras.values(), {}, prompt_R, computed_R, scheduled_R, sampled_R)
+    )
+    expected = (tuple(step.map.sampled_S.tolist()), tuple(step.map.token_K.tolist()))
+    for inputs in (
+        lambda: v1(batch, scheduled_R, sampled_R),
+        lambda: v2(batch_v2, names, everything, scheduled_R),
+    ):
+        (sampled, tokens, active), found = counted(inputs)
+        assert (sampled, tokens) == expected
+        assert {lora.lora_int_id for lora in active} == {lora.lora_int_id for lora in step.active}
+        assert found == counts
+    assert batch.num_active_adapters == runner.dispatch_count(len(step.active), step.map)
+
+
+def counted(work: Callable[[], Any]) -> tuple[Any, WorkerCounts]:
+    """What `work` returns, and the tokens that it counted."""
+    with mock.patch.object(runner, "worker_counts", WorkerCounts()) as counts:
+        return work(), counts
 
 
 def test_a_batch_of_decoding_prefill_adapters_is_plain() -> None:

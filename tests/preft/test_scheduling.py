@@ -288,3 +288,28 @@ class TestIdentity:
         assert registry.resolve(lora) is known
         registry.forget(5)
         assert registry.resolve(lora) is not known
+
+    @pytest.mark.parametrize("load_inplace", [False, True])
+    def test_a_forgotten_id_comes_back_to_the_same_tokens_only(
+        self, folders: dict[str, Path], tmp_path: Path, load_inplace: bool
+    ) -> None:
+        """The workers still map requests by what the id was."""
+        from vllm.lora.request import LoRARequest
+
+        folder, registry = tmp_path / "changed", AdapterRegistry()
+
+        def put(name: str) -> Any:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(folders[name], folder)
+            return LoRARequest("changed", 5, str(folder), load_inplace=load_inplace)
+
+        registry.resolve(put("lora_p_0"))
+        registry.forget(5)
+        assert registry.resolve(put("lora_p_1")).digest == read_identity(folders["lora_p_1"]).digest
+        registry.forget(5)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"with phase 'prefill'.*phase 'all'.*under another id"):
+                registry.resolve(put("lora_all"))
+            with pytest.raises(ValueError, match="load it under another id"):
+                registry.check_reload(put("lora_all"))
+        assert registry.resolve(put("lora_p_0")).phase is Phase.PREFILL

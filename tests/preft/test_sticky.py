@@ -13,6 +13,8 @@ from preft_cases import prompt, stir
 from preft.adapters import Adapter, AdapterConfig
 from preft.formats import save_adapter
 from preft.reference import greedy_reference
+from preft.vllm import runner
+from preft.vllm.identity import AdapterRegistry
 from preft.vllm.requests import adapter_request
 from preft.vllm.sticky import KEY, generated_positions, placed, read_spans
 from shared.chat import training_row
@@ -181,13 +183,37 @@ def test_the_spans_travel_to_other_processes_with_the_adapter(saved: dict[str, P
     assert sent.generated == ((3, 5),)
 
 
+@pytest.fixture
+def cold_registry(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that has met no adapter yet: the first step of the first request."""
+    monkeypatch.setattr(runner, "worker_adapters", AdapterRegistry())
+
+
+@pytest.mark.usefixtures("cold_registry")
+def test_runner_v1_reads_the_spans_of_each_request(saved: dict[str, Path]) -> None:
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    own = adapter_request("prompt", saved)
+    number = own.lora_int_id
+    placements = {"r0": placed(own, ((2, 4),)), "r1": own}
+    batch = SimpleNamespace(
+        num_reqs=2,
+        request_lora_mapping=np.array([number, number]),
+        lora_id_to_lora_request={number: own},
+        num_prompt_tokens=np.array([6, 6]),
+        num_computed_tokens_cpu=np.array([1, 1]),
+        req_ids=list(placements),
+        cached_requests={name: SimpleNamespace(lora_request=lora) for name, lora in placements.items()},
+    )
+    _, tokens, _ = InputBatch.make_lora_inputs(batch, np.array([6, 6]), np.array([1, 1]))
+    assert tokens == (number, 0, 0, number, number, 0, *[number] * 5, 0)
+
+
+@pytest.mark.usefixtures("cold_registry")
 def test_runner_v2_reads_the_spans_of_each_request(saved: dict[str, Path]) -> None:
     from vllm.v1.worker.gpu.lora_utils import LoraState
 
-    from preft.vllm.runner import worker_adapters
-
     own = adapter_request("prompt", saved)
-    worker_adapters.refresh(own)
     state = LoraState(max_num_reqs=4)
     for i, spans in enumerate([((2, 4),), ()]):
         state.add_request(f"r{i}", i, placed(own, spans))

@@ -1,8 +1,9 @@
 """Random traffic against the masked reference: every token of every request, also of those that were cancelled.
 
 A story is a seeded sequence of scheduler steps. Between two steps requests of all kinds arrive and leave, the chunk
-size, the token budget and the free blocks change, running requests are thrown back, and one adapter gets new weights in
-place. PREFT_STRESS_SEEDS=0:50 runs other stories; one that fails is repeated by its seed (PREFT_STRESS_SEEDS=7:8).
+size, the token budget and the free blocks change, running requests are thrown back, adapters are unloaded, and one gets
+new weights in place. PREFT_STRESS_SEEDS=0:50 runs other stories; one that fails is repeated by its seed
+(PREFT_STRESS_SEEDS=7:8).
 """
 
 import os
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preft_cases import CONFIGS, Case, Checker, prompt, stir
+from preft_cases import COMPOSED, CONFIGS, Case, Checker, prompt, stir
 from preft_engine import V2, Driver, any_engine, few_blocks, scheduler
 
 from preft.adapters import Adapter
+from preft.composition import Composition
 from preft.formats import save_adapter
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import Model, ModelConfig
@@ -41,12 +43,14 @@ REQUESTS, LONGEST = 80, 24
 TEXTS = [prompt(96, 31), prompt(96, 32), prompt(4, 33) * 24]  # few and cut short, so that the cache is hit
 LENGTHS = (1, 2, 7, 31, 32, 33, 50, 64, 96)
 VERSIONED, NUMBER = "versioned", 70
+SEVERAL: dict[str, Any] = {"n": 2, "temperature": 1.0, "top_k": 1}  # two samples, both the greedy one
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(
-    request: pytest.FixtureRequest, model_folder: Path, folders: dict[str, Path]
+    request: pytest.FixtureRequest, model_folder: Path, folders: dict[str, Path], composed_folder: Path
 ) -> Iterator[VLLMGenerator]:
+    folders = folders | {COMPOSED: composed_folder}
     settings: dict[str, Any] = {"max_num_seqs": 10, "max_num_batched_tokens": 256, "max_model_len": 128}
     settings |= {"num_gpu_blocks_override": 60, "block_size": 32, "max_loras": 2, "max_cpu_loras": 6}
     settings |= ENGINES[request.param]
@@ -57,10 +61,10 @@ def engine(
 
 
 @pytest.fixture(scope="module")
-def stress_checker(model: Model, adapters: dict[str, Adapter]) -> Checker:
+def stress_checker(model: Model, adapters: dict[str, Adapter], composed: Composition) -> Checker:
     """References of all stories; v0 and v1 are the two versions of the adapter that changes."""
     versions = {f"v{i}": stir(Adapter.create(model.hf, CONFIGS["lora_p_1"]), seed=200 + i) for i in range(2)}
-    return Checker(model, adapters | versions)
+    return Checker(model, adapters | versions | {COMPOSED: composed})
 
 
 class Story:
@@ -71,6 +75,7 @@ class Story:
         self.versions, self.folder, self.version = versions, folder, 0
         self.cases: dict[str, Case] = {}
         self.lengths: dict[str, int] = {}
+        self.cancelled: set[str] = set()
         self.read_under: dict[str, tuple[int, int]] = {}
         self.preempted = 0
         self.blocks = ExitStack()
@@ -83,24 +88,34 @@ class Story:
                     for _ in range(self.random.randint(1, 4)):
                         self._arrive()
                 if self.random.random() < 0.3:
-                    self.random.choice(
-                        [self._leave, self._change_steps, self._squeeze, self._throw_back, self._reload]
-                    )()
+                    self._disturb()
                 self.driver.step()
                 self._note_versions()
+
+    def _disturb(self) -> None:
+        changes = [self._leave, self._change_steps, self._squeeze, self._throw_back]
+        self.random.choice([*changes, self._reload, self._unload])()
 
     def _arrive(self) -> None:
         from vllm.lora.request import LoRARequest
 
         name = f"r{len(self.cases)}"
-        adapter = self.random.choice([None, VERSIONED, *CONFIGS])
+        adapter = self.random.choice([None, VERSIONED, COMPOSED, *CONFIGS])
         case = Case(adapter, self.random.choice(TEXTS)[: self.random.choice(LENGTHS)])
         lora = LoRARequest(VERSIONED, NUMBER, str(self.folder)) if adapter == VERSIONED else None
         self.cases[name], self.lengths[name] = case, self.random.randint(1, LONGEST)
-        self.driver.add(name, case, max_tokens=self.lengths[name], lora=lora)
+        several = SEVERAL if adapter != VERSIONED and self.random.random() < 0.1 else {}
+        self.driver.add(name, case, max_tokens=self.lengths[name], lora=lora, **several)
 
     def _leave(self) -> None:
-        self.driver.abort(self.random.choice(list(self.cases) or ["nobody"]))
+        name = self.random.choice(list(self.cases) or ["nobody"])
+        self.cancelled.add(name)
+        self.driver.abort(name)
+
+    def _unload(self) -> None:
+        """Out of the slots and the memory; requests that still need it, or come for it later, read it again."""
+        lora = self.engine._lora(self.random.choice([COMPOSED, *CONFIGS]))
+        self.driver.engine.remove_lora(lora.lora_int_id)
 
     def _change_steps(self) -> None:
         owner = scheduler(self.engine)
@@ -142,21 +157,28 @@ class Story:
                 self.read_under[name] = (self.version, times)
 
     def check(self, checker: Checker) -> int:
-        """Compare every answer with the reference, also the beginnings left by cancelled requests; returns how many."""
+        """Compare every answer with the reference, also the beginnings left by cancelled requests; returns how many.
+
+        Who was not cancelled must have been answered to the end.
+        """
+        finished = {name for name, output in self.driver.outputs.items() if output.finished}
+        assert self.cases.keys() - self.cancelled <= finished
         wrong, compared = [], 0
         for name, output in self.driver.outputs.items():
-            case, found = self.cases[name], self.driver.tokens(name)
+            case = self.cases[name]
             if case.adapter == VERSIONED:
                 version, _ = self.read_under.get(name, (-1, 0))
                 if version < 0:
                     continue  # read under one version, and after a preemption again under another
                 case = case._replace(adapter=f"v{version}")
             compared += 1
-            want = checker.reference(case, LONGEST)[: self.lengths[name] if output.finished else len(found)]
-            if found != want:
-                wrong.append(
-                    f"{name}: {case.adapter}, prompt of {len(case.prompt)}: {found} instead of {want}"
-                )
+            longest = checker.reference(case, LONGEST)
+            for found in self.driver.samples[name].values():
+                want = longest[: self.lengths[name] if output.finished else len(found)]
+                if found != want:
+                    wrong.append(
+                        f"{name}: {case.adapter}, prompt of {len(case.prompt)}: {found} instead of {want}"
+                    )
         assert not wrong, f"{len(wrong)} of {compared} differ from the reference:\n" + "\n".join(wrong)
         return compared
 

@@ -73,6 +73,11 @@ class AdapterIdentity:
         """Whether anything acts on the tokens of each kind."""
         return KINDS[self.phase] if self.parts is None else tuple(part is not None for part in self.parts)
 
+    @property
+    def mapped_by(self) -> tuple[Any, ...]:
+        """What the token map of a request under this adapter follows from, for as long as it runs."""
+        return self.acts if self.parts is None else self.parts
+
     def digests(self) -> tuple[str | None, ...]:
         """Digest of the weights that act on the tokens of each kind."""
         if self.parts is not None:
@@ -214,14 +219,15 @@ class AdapterRegistry:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, str], AdapterIdentity] = {}
+        self._removed: dict[tuple[int, str], AdapterIdentity] = {}
         self._ids: dict[tuple[int, str], tuple[int, ...]] = {}
         self._parts: dict[str, Any] = {}  # digest -> LoRARequest of that part
-        self.any_sticky = False
 
     def resolve(self, lora_request: Any) -> AdapterIdentity:
         """The identity under which this request runs; ValueError if the files changed since they were first read."""
         known = self._known.get(_key(lora_request))
         if known is None or lora_request.load_inplace:
+            self.check_return(lora_request)
             return self.refresh(lora_request)
         if known.stamp and folder_stamp(_folder(lora_request)) != known.stamp:
             raise ValueError(
@@ -261,7 +267,7 @@ class AdapterRegistry:
         """Read the folder, or the path of an adapter in memory, again."""
         identity = self._known[_key(lora_request)] = _read(lora_request)
         self._ids.pop(_key(lora_request), None)
-        self.any_sticky |= identity.history is History.STICKY
+        self._removed.pop(_key(lora_request), None)
         return identity
 
     def part_ids(self, lora_int_id: int) -> set[int]:
@@ -276,7 +282,7 @@ class AdapterRegistry:
 
     def check_reload(self, lora_request: Any) -> None:
         """ValueError if the files now hold an adapter for other tokens: requests are under way with the old one."""
-        known, new = self.current(lora_request), _read(lora_request)
+        known, new = self._last(lora_request), _read(lora_request)
         if known is not None and new.acts != known.acts:
             raise ValueError(
                 f"adapter {lora_request.lora_name!r} was loaded with phase {known.phase.value!r}, and "
@@ -284,11 +290,27 @@ class AdapterRegistry:
                 "load it under another id"
             )
 
+    def check_return(self, lora_request: Any) -> None:
+        """ValueError if an id comes back to other tokens or other parts than the workers map its requests by."""
+        last = self._last(lora_request)
+        if last is not None and last.mapped_by != (new := _read(lora_request)).mapped_by:
+            raise ValueError(
+                f"adapter {lora_request.lora_name!r} was known as id {lora_request.lora_int_id} with phase "
+                f"{last.phase.value!r}, and {lora_request.lora_path} now holds one of phase {new.phase.value!r}, with "
+                "other tokens or parts, while requests may still run under the first; load it under another id"
+            )
+
+    def _last(self, lora_request: Any) -> AdapterIdentity | None:
+        key = _key(lora_request)
+        return self._known.get(key) or self._removed.get(key)
+
     def forget(self, lora_int_id: int) -> None:
-        """Drop what is known of an id, under every path."""
+        """Read an id anew, under every path, when it is next met; `check_return` remembers what it was."""
         for key in [key for key in self._known if key[0] == lora_int_id]:
-            del self._known[key]
+            identity = self._known.pop(key)
             self._ids.pop(key, None)
+            if not is_memory_path(key[1]):  # such a path names its content
+                self._removed[key] = identity
 
 
 worker_adapters = AdapterRegistry()  # of the process that runs the model

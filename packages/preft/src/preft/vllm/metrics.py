@@ -57,7 +57,7 @@ class WorkerCounts:
     def count_plain(
         self, prompt_R: Int[ndarray, "R"], computed_R: Int[ndarray, "R"], scheduled_R: Int[ndarray, "R"]
     ) -> None:
-        """Count a step in which no request has an adapter."""
+        """Count a step in which no token has an adapter."""
         prefill = int(np.clip(prompt_R - computed_R, 0, scheduled_R).sum())
         self.plain[PREFILL] += prefill
         self.plain[DECODE] += int(scheduled_R.sum()) - prefill

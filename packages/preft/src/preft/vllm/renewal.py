@@ -21,6 +21,7 @@ def reloading(original: Callable[..., bool]) -> Callable[..., bool]:
 
     def add_lora(core: Any, lora_request: Any) -> bool:
         if not lora_request.load_inplace:
+            adapter_registry.check_return(lora_request)
             return original(core, lora_request)
         adapter_registry.check_reload(lora_request)
         added = original(core, lora_request)

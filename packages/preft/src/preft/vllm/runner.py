@@ -60,8 +60,6 @@ def step_of(
 
 def sticky_spans(requests: Iterable[Any]) -> dict[int, Spans]:
     """The earlier answers in the prompts of a batch, by row; `requests` are the rows' adapters or None."""
-    if not worker_adapters.any_sticky:
-        return {}
     found = {row: getattr(request, "generated", ()) for row, request in enumerate(requests)}
     return {row: spans for row, spans in found.items() if spans}
 
@@ -151,6 +149,7 @@ def make_lora_inputs_v2(_: Callable[..., LoraInputs]) -> Callable[..., LoraInput
         prompt_R = state.request_states.prompt_len.np[idx_mapping]
         computed_R = state.request_states.num_computed_tokens_np[idx_mapping]
         if is_plain(requests, prompt_R, computed_R):
+            worker_counts.count_plain(prompt_R, computed_R, num_scheduled_tokens)
             return (NO_ADAPTER,) * len(req_ids), (NO_ADAPTER,) * int(num_scheduled_tokens.sum()), []
         ones_R = np.ones_like(num_scheduled_tokens)
         spans = sticky_spans(state.lora_requests.get(i) for i in req_ids)

@@ -1,9 +1,13 @@
 """vLLM's LoRA operators on a GPU with the kernels of `preft.vllm.triton_kernels`, behind a switch.
 
 Stock vLLM has good GPU operators and they are the default. `INNERWORKS_TRITON_LORA=1` takes these instead for linear
-layers: no sort of the step's tokens on the device, no wait for it, a grid of real tiles and true ranks. The grid
-differs from step to step, which a compiled graph cannot hold: the engine must run with enforce_eager. No GPU has run
-this class; its arithmetic is tested in Triton's interpreter.
+layers: a grid of real tiles and true ranks, made from the host's token map alone. The grid differs from step to step,
+which a compiled graph cannot hold: the engine must run with enforce_eager.
+
+What stays vLLM's: embeddings and logits. So the metadata of their operators is prepared too, once a step, with its
+sort of the tokens on the device and its wait for that. A residual edit goes through its site's linear operator as on a
+CPU; `triton_kernels.edit_`, which needs no copy of (h, 1), is not called from here. No GPU has run this class; its
+arithmetic is tested in Triton's interpreter.
 """
 
 import os
