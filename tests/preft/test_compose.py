@@ -10,6 +10,7 @@ import pytest
 import torch
 from preft_cases import prompt
 
+from preft.adapter_files import read_tensors
 from preft.adapters import Adapter, AdapterConfig, AdapterError, Factors, LoRADelta
 from preft.composition import Composition, compose
 from preft.forward import masked_logits
@@ -98,7 +99,7 @@ def merged_at(folder: Path, kind: Kind, module: str) -> Factors | None:
         return None
     part = Path(getattr(parts[kind], "folder", folder))
     tensors, config = (
-        load_file(part / "adapter_model.safetensors"),
+        read_tensors(part),
         json.loads((part / "adapter_config.json").read_text()),
     )
     names = [f"base_model.model.{module}.lora_{factor}.weight" for factor in "AB"]

@@ -76,6 +76,8 @@ class Story:
         self.cases: dict[str, Case] = {}
         self.lengths: dict[str, int] = {}
         self.cancelled: set[str] = set()
+        # Under speculation vLLM 0.32 cannot restrict to the k likeliest tokens in a step that has no drafts.
+        self.samples_twice = engine.llm.llm_engine.vllm_config.speculative_config is None
         self.read_under: dict[str, tuple[int, int]] = {}
         self.preempted = 0
         self.blocks = ExitStack()
@@ -104,8 +106,8 @@ class Story:
         case = Case(adapter, self.random.choice(TEXTS)[: self.random.choice(LENGTHS)])
         lora = LoRARequest(VERSIONED, NUMBER, str(self.folder)) if adapter == VERSIONED else None
         self.cases[name], self.lengths[name] = case, self.random.randint(1, LONGEST)
-        several = SEVERAL if adapter != VERSIONED and self.random.random() < 0.1 else {}
-        self.driver.add(name, case, max_tokens=self.lengths[name], lora=lora, **several)
+        several = self.samples_twice and adapter != VERSIONED and self.random.random() < 0.1
+        self.driver.add(name, case, max_tokens=self.lengths[name], lora=lora, **(SEVERAL if several else {}))
 
     def _leave(self) -> None:
         name = self.random.choice(list(self.cases) or ["nobody"])
