@@ -40,7 +40,12 @@ def test_a_gpu_does_not_take_what_its_kernels_assert_against(model: torch.dtype,
 
 def test_the_engine_asks_before_it_makes_room_for_adapters() -> None:
     made: list[Any] = []
-    load = runner.load_lora_model(lambda *arguments: made.append(arguments))
+
+    def with_room(_: Any, model: torch.nn.Module, *arguments: Any) -> torch.nn.Module:
+        made.append(arguments)
+        return model
+
+    load = runner.load_lora_model(with_room)
     lora_config = SimpleNamespace(lora_dtype=torch.float32, target_modules=[])
     config = SimpleNamespace(
         lora_config=lora_config, model_config=SimpleNamespace(dtype=torch.float32), quant_config=None
