@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -116,9 +117,28 @@ def no_model() -> Any:
     raise UserError("no such model")
 
 
-def sharded_process(rank: int, world: int) -> None:
-    """One of the processes that hold a sharded model: every check is made on all of them."""
+def distributed_process(rank: int, world: int, port: int, arguments: list[str]) -> None:
+    """One of the processes of a launch: trains into the folder named last, twice, and then checks a sharded model."""
     import torch.distributed as dist
+
+    from preft.cli import main
+
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in (where | place).items()})
+    torch.set_num_threads(1)
+    weights = Path(arguments[-1]) / "adapter/adapter_model.safetensors"
+    assert main(arguments) == 0
+    dist.barrier()  # the first process measures and writes longest
+    stamp = weights.stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert weights.stat().st_mtime_ns == stamp, "a finished run is kept"
+    sharded_model_checks()
+    dist.destroy_process_group()
+
+
+def sharded_model_checks() -> None:
+    """A model sharded over the processes of the open group: every check is made on all of them."""
     from torch.distributed.fsdp import fully_shard
 
     from preft.train.module import AdaptedModel, inputs_of
@@ -127,7 +147,6 @@ def sharded_process(rank: int, world: int) -> None:
     from shared.models import ModelConfig, load
     from shared.tokens import collate
 
-    dist.init_process_group("gloo", rank=rank, world_size=world)
     for method in ("lora", "loreft"):
         model = load(ModelConfig("random:llama"))
         inputs = inputs_of(collate(training_rows(model.tokenizer, chats(3)), 0))
@@ -151,4 +170,3 @@ def sharded_process(rank: int, world: int) -> None:
         for _, delta in gather_(twin, adapter).parts():
             if method == "loreft":
                 torch.testing.assert_close(delta.R_RD @ delta.R_RD.T, torch.eye(3), atol=1e-5, rtol=0)
-    dist.destroy_process_group()

@@ -1,6 +1,8 @@
 """Adapter files: round trips, peft on both sides, and refusals that name what is wrong."""
 
+import copy
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +15,7 @@ from preft_cases import CONFIGS, prompt, stir
 from safetensors.torch import load_file, save_file
 
 from preft.adapters import Adapter, AdapterConfig, AdapterError
+from preft.convert import convert
 from preft.formats import WEIGHTS_FILE, load_adapter, merged_state, read_adapter, save_adapter
 from preft.forward import masked_logits
 from preft.vllm.identity import read_identity
@@ -145,6 +148,16 @@ def test_half_precision_files_load(model: Model, adapters: dict[str, Adapter], t
         assert torch.equal(ours, theirs.bfloat16().float())
 
 
+def test_a_type_too_small_for_the_values_is_refused(adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    large = copy.deepcopy(adapters["lora_p_0"])
+    with torch.no_grad():
+        next(large.parameters())[0, 0] = 1e5
+    folder = save_adapter(large, tmp_path / "a", dtype=torch.bfloat16)
+    with pytest.raises(AdapterError, match=rf"{FIRST} has values above 6.55e\+04, the largest of float16"):
+        convert(folder, tmp_path / "b", dtype=torch.float16)
+    assert not (tmp_path / "b").exists()
+
+
 def test_merging(model: Model, adapters: dict[str, Adapter]) -> None:
     copy = copy_of(model)
     copy.load_state_dict(model.hf.state_dict() | merged_state(adapters["lora_all"], model.hf))
@@ -214,10 +227,23 @@ def test_unknown_configurations_are_refused(adapters: dict[str, Adapter], tmp_pa
         ({"rank_pattern": {"q_proj": -1}}, "at least 1 and whole, not -1"),
         ({"r": 0}, "at least 1 and whole, not 0"),
         ({"preft": {"format_version": 9}}, "is of format 9"),
+        ({"preft": {"format_version": "2"}}, "is of format 2"),
+        ({"preft": ["prefill"]}, "must hold an object"),
+        ({"rank_pattern": ["q_proj"]}, "'rank_pattern' must be dict"),
+        ({"target_modules": [1, "q_proj"]}, "'target_modules' must be"),
+        ({"layers_to_transform": "all"}, "'layers' must be"),
+        ({"use_rslora": "no"}, "'rslora' must be bool"),
+        ({"lora_alpha": None}, "lora_alpha is not set"),
+        ({"lora_alpha": math.nan}, "alpha must be a finite number, not nan"),
+        ({"lora_alpha": 10**400}, "too large"),
+        ({"alpha_pattern": {"q_proj": math.inf}}, "alpha must be a finite number, not inf"),
     ]:
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(AdapterError, match=message):
             read_adapter(folder)
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(AdapterError, match="must hold an object"):
+        read_adapter(folder)
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "lora_ga"])

@@ -18,10 +18,11 @@ from preft.cli import main
 from preft.formats import read_adapter
 from preft.options import add_options, from_options
 from preft.train import TrainConfig
-from preft.train.command import hold_out
+from preft.train.command import add_shared_arguments, hold_out, model_config
 from preft.train.data import by_user, read_data
 from shared.config import ConfigError
 from shared.data import DataError
+from shared.models import ModelConfig
 from shared.serialize import read_json
 from shared.tokens import Phase
 
@@ -104,6 +105,9 @@ def test_faults_end_the_command_before_the_model_is_loaded(
         (["tinyworld:user000", "--phase", "later"], "'phase' must be one of"),
         (["tinyworld:user000", "--method", "direft", "--rslora"], "belong to lora"),
         (["tinyworld:user000", "--columns", "messages"], "FIELD=COLUMN"),
+        (["tinyworld:user000", "--heldout-fraction", "1"], "below 1, not 1.0"),
+        (["tinyworld:user000", "--heldout-fraction", "0.1"], "those of tinyworld:user000"),
+        ([str(path), "--heldout", "other.jsonl", "--heldout-fraction", "0.1"], "those of other.jsonl"),
     ]:
         assert main([*base, *arguments]) == 2
         assert fault in capsys.readouterr().err
@@ -157,6 +161,15 @@ def test_options_are_the_dataclasses_fields() -> None:
     assert from_options(TrainConfig, none) == TrainConfig()
     with pytest.raises(ConfigError, match="'steps' must be int"):
         from_options(TrainConfig, parser.parse_args(["--steps", "1.5"]))
+
+
+def test_the_seed_is_the_trainings_and_not_the_models() -> None:
+    parser = argparse.ArgumentParser()
+    add_shared_arguments(parser)
+    text = "--model random:llama --out out --seed 3 --dtype bfloat16"
+    arguments = parser.parse_args(text.split())
+    assert model_config(arguments) == ModelConfig("random:llama", dtype="bfloat16", seed=0)
+    assert from_options(TrainConfig, arguments).seed == 3
 
 
 def environment() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """`preft train-many`: killed and resumed, a user that fails beside users that do not, processes that die."""
 
+import argparse
 import subprocess
 import sys
 import time
@@ -9,8 +10,12 @@ import pytest
 from preft_cases import chats, no_model, process_id
 from test_train_command import environment, kill_when, write
 
+from preft.adapters import AdapterError
 from preft.cli import main
-from preft.train.pool import Place, run_tasks
+from preft.train.command import hold_out
+from preft.train.data import DataRow
+from preft.train.many import UserTask, add_arguments, user_tasks
+from preft.train.pool import Outcome, Place, _Worker, run_tasks
 from shared.errors import UserError
 from shared.serialize import read_json
 
@@ -32,22 +37,46 @@ def test_users_are_trained_resumed_and_reported(tmp_path: Path, capsys: pytest.C
     assert not (out / "bob/adapter").exists()
 
     write(data / "eve.jsonl", [{"prompt": "sun " * 100, "response": "no"}])  # longer than packing allows
+    write(data / "tom.jsonl", [{"prompt": "sun"}])
     assert main(command) == 1
     assert finished.stat().st_mtime_ns == stamp, "a finished user is skipped"
     again = (out / "bob/metrics.jsonl").read_text()
     kept = half.splitlines()[:4]
     assert again.splitlines()[:4] == kept, "the steps up to the checkpoint are not done again"
     rows = {row["user"]: row for row in read_json(out / "users.json")}
-    assert list(rows) == ["ann", "bob", "eve"]
+    assert list(rows) == ["ann", "bob", "eve", "tom"]
     assert "packing=96" in rows["eve"]["error"]
+    assert "tom.jsonl, line 1: " in rows["tom"]["error"]
     for name, count in (("ann", 8), ("bob", 7)):
         assert rows[name]["error"] is None
         assert rows[name]["chats"] == count
         assert rows[name]["steps"] == 16
         assert (Path(rows[name]["adapter"]) / "adapter_config.json").exists()
     printed = capsys.readouterr().out
-    assert "2 of 3 users trained" in printed
+    assert "2 of 4 users trained" in printed
     assert "failed: eve: AdapterError" in printed
+
+
+def test_a_user_whose_rows_will_not_do_is_that_users_failure(tmp_path: Path) -> None:
+    rows = [{"messages": chat} for chat in chats(8)]
+    held_out = hold_out([DataRow(**row) for row in rows], 0.3)[1]
+    assert held_out
+    for name, found in (("ann", rows), ("bob", [vars(held_out[0])]), ("eve", [*rows, {"prompt": "sun"}])):
+        write(tmp_path / f"{name}.jsonl", found)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    text = f"--data {tmp_path} --out out --model random:llama --heldout-fraction 0.3"
+    tasks = user_tasks(parser.parse_args(text.split()))
+    assert list(tasks) == ["ann", "bob", "eve"]
+    ann, bob, eve = tasks.values()
+    assert isinstance(ann, UserTask)
+    assert (len(ann.train), len(ann.heldout)) == (8 - len(held_out), len(held_out))
+    assert isinstance(bob, Outcome)
+    assert bob == Outcome("bob", None, "AdapterError: --heldout-fraction 0.3 leaves no row of 1 to train on")
+    assert isinstance(eve, Outcome)
+    assert "eve.jsonl, line 9: " in str(eve.error)
+    with pytest.raises(AdapterError, match="below 1"):
+        user_tasks(parser.parse_args([*text.split()[:-1], "1.5"]))
 
 
 def wait_for_orphans(log: Path) -> None:
@@ -67,5 +96,11 @@ def test_a_process_that_dies_loses_its_task_only() -> None:
     assert outcomes["raise"].error == "KeyError: 'gone'"
     pids = [outcomes[name].result for name in "abc"]
     assert pids[0] != pids[1] == pids[2]
+    idle = _Worker(process_id, Place({}, 1))
+    assert idle.receive() is None
+    idle.process.kill()
+    idle.process.join()
+    idle.send("late", "a")
+    assert idle.receive() == Outcome("late", None, "the process ended with code -9")
     with pytest.raises(UserError, match="no such model"):
         list(run_tasks(tasks, no_model, [Place({}, 1)] * 2))

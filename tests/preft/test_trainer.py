@@ -1,5 +1,6 @@
 """Training on the transformers Trainer: accumulation, packing, precision, evaluation, checkpoints and resuming."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,9 @@ def test_resumed_training_equals_an_unbroken_run_bit_for_bit(
     assert not list(folder.rglob("model.safetensors")), "the base model is not saved"
 
 
-def test_other_settings_or_rows_begin_anew(model: Model, tmp_path: Path) -> None:
+def test_other_settings_or_rows_begin_anew(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = replace(TRAIN, steps=2, save_every=1)
 
     def steps(config: TrainConfig, count: int) -> list[int]:
@@ -122,9 +125,19 @@ def test_other_settings_or_rows_begin_anew(model: Model, tmp_path: Path) -> None
     assert steps(settings, 4) == []
     (tmp_path / "checkpoint-2/complete").unlink()  # as if killed while it was written
     assert steps(settings, 4) == [2]
+    assert capsys.readouterr().err == ""
     assert steps(replace(settings, learning_rate=0.01), 4) == [1, 2]
+    assert "begins anew (other train); removed: checkpoint-1, checkpoint-2" in capsys.readouterr().err
     assert steps(replace(settings, learning_rate=0.01), 5) == [1, 2]
-    assert read_json(tmp_path / "training.json")["train"]["learning_rate"] == 0.01
+    assert "(other rows)" in capsys.readouterr().err
+    identity = read_json(tmp_path / "training.json")
+    assert identity["train"]["learning_rate"] == 0.01
+    assert identity["model"] == model.fingerprint
+    assert identity["computation"] == {"dtype": "float32", "attention": "sdpa"}
+    (tmp_path / "training.json").unlink()
+    with pytest.raises(AdapterError, match=r"holds checkpoint-1, but no training\.json"):
+        steps(settings, 4)
+    assert (tmp_path / "checkpoint-2").exists()
 
 
 def test_evaluation_is_the_heldout_loss(model: Model) -> None:
@@ -177,6 +190,40 @@ def test_bad_settings_and_losses_are_refused(model: Model) -> None:
         train(model, CONFIGS[0], replace(TRAIN, learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0))
     with pytest.raises(AdapterError, match="must be at least 1"):
         TrainConfig(packing=0)
+
+
+def test_an_adapter_that_ends_without_being_numbers_is_refused(model: Model, tmp_path: Path) -> None:
+    """The last step is what spoils it: its loss, of the adapter before, is a number. Nothing is saved."""
+    settings = replace(TRAIN, steps=1, save_every=1, learning_rate=3e38, max_grad_norm=0.0, warmup_steps=0)
+    losses: list[float] = []
+    with pytest.raises(AdapterError, match="after step 1 the adapter has values that are no numbers"):
+        train(
+            model,
+            CONFIGS[2],
+            settings,
+            folder=tmp_path,
+            on_log=lambda _, figures: losses.append(figures["loss"]),
+        )
+    assert [math.isfinite(loss) for loss in losses] == [True]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_processes_wait_around_what_all_of_them_write(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is moved into its place by the first process: the others must not write into it before."""
+    import accelerate
+
+    found: list[set[str]] = []
+
+    def wait(_: object) -> None:
+        found.append({path.name for path in tmp_path.glob("checkpoint-1/*")})
+
+    monkeypatch.setattr(accelerate.Accelerator, "wait_for_everyone", wait)
+    train(model, CONFIGS[0], replace(TRAIN, steps=1, save_every=1), folder=tmp_path)
+    states, weights = {"rng_state.pth"}, {"adapter_model.safetensors", "adapter_state.safetensors"}
+    assert any(weights <= names and not names & states for names in found), "before the states"
+    assert any(weights | states <= names and "complete" not in names for names in found), "before the mark"
 
 
 def test_decode_adapters_train_too(model: Model) -> None:

@@ -55,6 +55,9 @@ class AdapterConfig:
             raise AdapterError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
         if wrong := [rank for rank in (self.rank, *self.rank_pattern.values()) if not _is_rank(rank)]:
             raise AdapterError(f"rank must be at least 1 and whole, not {wrong[0]!r}")
+        alphas = [alpha for alpha in (self.alpha, *self.alpha_pattern.values()) if alpha is not None]
+        if endless := [alpha for alpha in alphas if not math.isfinite(alpha)]:
+            raise AdapterError(f"alpha must be a finite number, not {endless[0]!r}")
         if not self.is_lora and (
             self.alpha is not None or self.rslora or self.target_modules is not None or self.alpha_pattern
         ):

@@ -24,6 +24,7 @@ from preft.adapter_config import AdapterConfig, AdapterError
 from preft.vllm.identity import COMPOSITION, CONFIG_FILE, PHASE_SECTION, WEIGHT_FILES
 from preft.vllm.residual import SITE
 from preft.vllm.strict import PEFT_TYPE, STRICT_TYPE, plain_name, strict_name
+from shared.config import to_dataclass
 from shared.history import History
 from shared.serialize import atomic_path, write_json
 from shared.tokens import Phase
@@ -83,7 +84,8 @@ def write_folder(
 ) -> Path:
     """Write an adapter folder, whole or not at all; `tensors` have peft's names. Returns the folder.
 
-    AdapterError where a strict folder is asked for an adapter that any loader may read.
+    AdapterError where a strict folder is asked for an adapter that any loader may read, and where a value is too large
+    for `dtype`.
     """
     from safetensors.torch import save_file
 
@@ -95,12 +97,20 @@ def write_folder(
     named = strict_name if saved.strict else str
     with atomic_path(folder) as partial:
         partial.mkdir()
-        content = {
-            named(name): tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()
-        }
+        content = {named(name): _stored(name, tensor, dtype) for name, tensor in tensors.items()}
         save_file(content, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, config_file(saved, list(paths)))
     return folder
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = tensor.detach().to("cpu", dtype).contiguous()
+    if not torch.equal(stored.isfinite(), tensor.detach().cpu().isfinite()):
+        kind = str(dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{name} has values above {torch.finfo(dtype).max:.4g}, the largest of {kind}: write bfloat16 or float32"
+        )
+    return stored
 
 
 def config_file(saved: SavedAdapter, paths: list[str]) -> dict[str, Any]:
@@ -161,11 +171,13 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{path} is no JSON: {error}") from error
-    section = raw.get(PHASE_SECTION)
+    section = raw.get(PHASE_SECTION) if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict) or not (section is None or isinstance(section, dict)):
+        raise AdapterError(f"{path} must hold an object, and so must its section {PHASE_SECTION!r}")
     _check_kind(raw, section, path)
     try:
         config = _config(raw, section or {})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
         raise AdapterError(f"{path}: {reason}") from error
     return SavedAdapter(
@@ -179,7 +191,7 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
 
 def _check_kind(raw: dict[str, Any], section: dict[str, Any] | None, path: Path) -> None:
     version = (section or {}).get("format_version", FORMAT_VERSION)
-    if version > FORMAT_VERSION:
+    if type(version) is not int or version > FORMAT_VERSION:
         raise AdapterError(f"{path} is of format {version}; this version reads up to {FORMAT_VERSION}")
     if (section or {}).get("method") == COMPOSITION:
         raise AdapterError(
@@ -200,32 +212,35 @@ def _check_kind(raw: dict[str, Any], section: dict[str, Any] | None, path: Path)
 
 
 def _config(raw: dict[str, Any], section: dict[str, Any]) -> AdapterConfig:
-    common: dict[str, Any] = {
+    """The configuration, its values checked against their types (`to_dataclass`)."""
+    values: dict[str, Any] = {
+        "method": section.get("method", "lora"),
         "rank": raw["r"],
-        "phase": Phase(section.get("phase", Phase.ALL)),
-        "history": History(section.get("history", History.RECOMPUTE)),
+        "phase": section.get("phase", Phase.ALL),
+        "history": section.get("history", History.RECOMPUTE),
     }
-    method = section.get("method", "lora")
-    if method != "lora":
-        ranks = section.get("rank_pattern") or {}
-        return AdapterConfig(method, layers=_layers(section.get("layers")), rank_pattern=ranks, **common)
-    targets = raw["target_modules"]
+    if values["method"] != "lora":
+        places = {"layers": _layers(section.get("layers")), "rank_pattern": section.get("rank_pattern") or {}}
+        return to_dataclass(AdapterConfig, values | places)
+    targets, alpha = raw["target_modules"], raw["lora_alpha"]
     if not targets:
         raise AdapterError("target_modules names no module")
-    return AdapterConfig(
-        alpha=float(raw["lora_alpha"]),
-        rslora=raw.get("use_rslora", False),
-        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
-        layers=_layers(raw.get("layers_to_transform")),
-        rank_pattern=raw.get("rank_pattern") or {},
-        alpha_pattern={key: float(value) for key, value in (raw.get("alpha_pattern") or {}).items()},
-        **common,
-    )
+    if alpha is None:
+        raise AdapterError("lora_alpha is not set")
+    values |= {
+        "alpha": alpha,
+        "rslora": raw.get("use_rslora") or False,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "layers": _layers(raw.get("layers_to_transform")),
+        "rank_pattern": raw.get("rank_pattern") or {},
+        "alpha_pattern": raw.get("alpha_pattern") or {},
+    }
+    return to_dataclass(AdapterConfig, values)
 
 
-def _layers(given: int | list[int] | None) -> tuple[int, ...] | None:
+def _layers(given: Any) -> Any:
     # peft takes one number too, and an empty list for all.
-    return None if given in (None, []) else tuple([given] if isinstance(given, int) else given)
+    return [given] if isinstance(given, int) else given or None
 
 
 def read_tensors(folder: Path | str) -> dict[str, Tensor]:

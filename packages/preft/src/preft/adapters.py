@@ -127,7 +127,10 @@ class Adapter(nn.Module):
 
     @classmethod
     def create(cls, hf: nn.Module, config: AdapterConfig, seed: int = 0) -> "Adapter":
-        """A fresh adapter for a Hugging Face model, on its device, in float32; changes nothing until it is trained."""
+        """A fresh adapter for a Hugging Face model, on its device, in float32; changes nothing until it is trained.
+
+        AdapterError for a model that is spread over several devices.
+        """
         generator = torch.Generator().manual_seed(seed)
         width = Architecture(hf).width
         deltas: dict[str, Delta] = {}
@@ -138,7 +141,7 @@ class Adapter(nn.Module):
                 deltas[path] = LoRADelta(*sizes, rank, config.scale_of(path), generator)
             else:
                 deltas[path] = ReFTDelta(width, rank, config.method, generator)
-        return cls(config, deltas).to(next(hf.parameters()).device)
+        return cls(config, deltas).to(_device(hf))
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         """Path and delta of every module the adapter acts on."""
@@ -166,6 +169,17 @@ class Adapter(nn.Module):
     def applied_to(self, hf: nn.Module, mask_of: MaskOf) -> AbstractContextManager[None]:
         """`applied` on the tokens of the adapter's phase; `mask_of` gives the mask of a phase."""
         return self.applied(hf, mask_of(self.config.phase))
+
+
+def _device(hf: nn.Module) -> torch.device:
+    """Where all of the model is."""
+    devices = {parameter.device: None for parameter in hf.parameters()}
+    if len(devices) > 1:
+        raise AdapterError(
+            f"the model is spread over {', '.join(map(str, devices))}; an adapter needs it on one device: load it "
+            "without device_map, in a smaller dtype or quantised if it does not fit"
+        )
+    return next(iter(devices))
 
 
 class Acting(NamedTuple):

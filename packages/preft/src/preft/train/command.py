@@ -55,11 +55,8 @@ def main(arguments: argparse.Namespace) -> int:
     adapter, train = from_options(AdapterConfig, arguments), from_options(TrainConfig, arguments)
     columns = parse_columns(arguments.columns)
     rows = read_data(arguments.data, columns, arguments.split)
-    held: list[DataRow] = []
-    if arguments.heldout:
-        held = read_data(arguments.heldout, columns, "test")
-    elif arguments.data.startswith(TINYWORLD):
-        held = read_data(arguments.data, split="test")
+    if source := heldout_source(arguments):
+        held = read_data(source, columns, "test")
     else:
         rows, held = hold_out(rows, arguments.heldout_fraction)
 
@@ -75,7 +72,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 def model_config(arguments: argparse.Namespace) -> ModelConfig:
     """The model to load, on this process's GPU where several processes train."""
-    config = from_options(ModelConfig, arguments, name=arguments.model)
+    # `--seed` is the training's: random weights (random:FAMILY) stay the same from one seed to the next.
+    config = from_options(ModelConfig, arguments, name=arguments.model, seed=ModelConfig.seed)
     if config.device == "auto" and "LOCAL_RANK" in os.environ:
         import torch
 
@@ -92,12 +90,26 @@ def parse_columns(text: str) -> Mapping[str, str]:
     return {field: column for field, _, column in pairs}
 
 
+def heldout_source(arguments: argparse.Namespace) -> str | None:
+    """Where the held-out chats come from, or None: from the data itself, by `--heldout-fraction`.
+
+    AdapterError where the fraction is none, or would be ignored.
+    """
+    fraction = arguments.heldout_fraction
+    if not 0 <= fraction < 1:
+        raise AdapterError(f"--heldout-fraction must be at least 0 and below 1, not {fraction}")
+    source: str | None = arguments.heldout
+    if source is None and arguments.data.startswith(TINYWORLD):
+        source = arguments.data
+    if source and fraction:
+        raise AdapterError(f"--heldout-fraction: the held-out chats are those of {source}; leave it out")
+    return source
+
+
 def hold_out(rows: list[DataRow], fraction: float) -> tuple[list[DataRow], list[DataRow]]:
     """Rows to train on and rows to hold out, decided row by row by their content."""
     from shared.data import split_rows
 
-    if not 0 <= fraction < 1:
-        raise AdapterError(f"--heldout-fraction must be at least 0 and below 1, not {fraction}")
     parts = split_rows(rows, {"train": 1 - fraction, "test": fraction})
     if not parts["train"]:
         raise AdapterError(f"--heldout-fraction {fraction} leaves no row of {len(rows)} to train on")

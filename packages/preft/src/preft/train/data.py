@@ -4,8 +4,9 @@ A row holds `messages` (a chat that ends with an assistant message), or a `promp
 it is. A row of another shape is refused with its file and line before anything is computed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ class DataRow:
         return [Message(role=message["role"], content=message["content"]) for message in self.messages]
 
 
+Reader = Callable[[], list[DataRow]]
+
+
 def read_data(source: str, columns: Mapping[str, str] | None = None, split: str = "train") -> list[DataRow]:
     """Rows of a source (`SOURCES`), in order; `columns` maps messages, prompt, response and user to other names.
 
@@ -74,17 +78,23 @@ def read_data(source: str, columns: Mapping[str, str] | None = None, split: str 
 def by_user(
     source: str, columns: Mapping[str, str] | None = None, split: str = "train"
 ) -> dict[str, list[DataRow]]:
-    """Rows of every user by name: USER.jsonl files in a folder, one source with a column user, or tinyworld:COUNT."""
+    """Rows of every user by name (`readers`); DataError where one user's are malformed."""
+    return {name: read() for name, read in readers(source, columns, split).items()}
+
+
+def readers(source: str, columns: Mapping[str, str] | None = None, split: str = "train") -> dict[str, Reader]:
+    """How every user's rows are read, by name: USER.jsonl files in a folder, one source with a column user, or
+    tinyworld:COUNT. A fault in one user's file is that reader's, all others are raised here."""
     if source.startswith(TINYWORLD):
         count = source.removeprefix(TINYWORLD)
         if not count.isdigit() or int(count) < 1:
             raise DataError(f"{source}: give the number of users, as in tinyworld:8")
         names = [f"user{i:03d}" for i in range(int(count))]
-        return {name: read_data(TINYWORLD + name, split=split) for name in names}
+        return {name: partial(read_data, TINYWORLD + name, split=split) for name in names}
     folder = Path(source)
     files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
     if files:
-        return {file.stem: read_data(str(file), columns) for file in files}
+        return {file.stem: partial(read_data, str(file), columns) for file in files}
     users: dict[str, list[DataRow]] = {}
     for number, row in enumerate(read_data(source, columns, split), 1):
         if not row.user or row.user != Path(row.user).name or row.user.startswith("."):
@@ -93,7 +103,7 @@ def by_user(
                 "USER.jsonl a user needs no such column"
             )
         users.setdefault(row.user, []).append(row)
-    return users
+    return {name: partial(list, rows) for name, rows in users.items()}
 
 
 def _tinyworld(name: str, split: str) -> list[DataRow]:

@@ -3,7 +3,8 @@
     preft train-many --model tinyworld --data users/ --out adapters --jobs 2
 
 Every user has a run folder (`preft.train.run`): OUT/USER/adapter is what is served. A finished user is skipped, a
-half-trained one goes on from its last checkpoint, a failed one stops nobody and is named at the end (exit status 1).
+half-trained one goes on from its last checkpoint, a failed one (for its rows, too) stops nobody and is named at the end
+(exit status 1).
 OUT/users.json lists all.
 """
 
@@ -11,15 +12,24 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from preft.adapters import AdapterConfig, AdapterError
 from preft.options import from_options
-from preft.train.command import add_shared_arguments, chats, hold_out, model_config, parse_columns
+from preft.train.command import (
+    add_shared_arguments,
+    chats,
+    heldout_source,
+    hold_out,
+    model_config,
+    parse_columns,
+)
 from preft.train.config import TrainConfig
-from preft.train.data import TINYWORLD, by_user
+from preft.train.data import DataRow, Reader, readers
 from preft.train.pool import Outcome, Place, run_tasks
+from shared.errors import UserError
 from shared.models import ModelConfig
 from shared.serialize import write_json
 from shared.tokens import Message
@@ -82,7 +92,9 @@ def main(arguments: argparse.Namespace) -> int:
     trainer = Trainer(model_config(arguments), from_options(AdapterConfig, arguments), train)
     tasks = user_tasks(arguments)
     rows: dict[str, dict[str, Any]] = {}
-    for outcome in run_tasks(tasks, trainer, places(arguments)):
+    faults = [task for task in tasks.values() if isinstance(task, Outcome)]
+    sound = {name: task for name, task in tasks.items() if isinstance(task, UserTask)}
+    for outcome in chain(faults, run_tasks(sound, trainer, places(arguments))):
         rows[outcome.name] = _row(outcome)
         print(_line(rows[outcome.name], f"{len(rows)}/{len(tasks)}"), flush=True)
         write_json(arguments.out / "users.json", [rows[name] for name in tasks if name in rows])
@@ -93,20 +105,30 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def user_tasks(arguments: argparse.Namespace) -> dict[str, UserTask]:
-    """What is to be trained, by user; DataError or AdapterError before any model is loaded."""
+def user_tasks(arguments: argparse.Namespace) -> dict[str, UserTask | Outcome]:
+    """What is to be trained, by user, before any model is loaded: of a user whose rows will not do, the fault.
+
+    DataError or AdapterError for what concerns all.
+    """
     columns = parse_columns(arguments.columns)
-    users = by_user(arguments.data, columns)
-    held = by_user(arguments.heldout, columns, "test") if arguments.heldout else {}
-    if arguments.data.startswith(TINYWORLD):
-        held = by_user(arguments.data, columns, "test")
+    source = heldout_source(arguments)
+    users = readers(arguments.data, columns)
+    held = readers(source, columns, "test") if source else {}
     if strangers := sorted(set(held) - set(users)):
         raise AdapterError(f"--heldout has users that --data has not: {', '.join(strangers[:8])}")
-    tasks = {}
-    for name, rows in users.items():
-        kept, out = (rows, held[name]) if name in held else hold_out(rows, arguments.heldout_fraction)
-        tasks[name] = UserTask(name, chats(kept), chats(out), arguments.out / name)
+    tasks: dict[str, UserTask | Outcome] = {}
+    for name, read in users.items():
+        try:
+            kept, out = _parts(read, held.get(name), arguments.heldout_fraction)
+            tasks[name] = UserTask(name, chats(kept), chats(out), arguments.out / name)
+        except UserError as error:
+            tasks[name] = Outcome(name, None, f"{type(error).__name__}: {error}")
     return tasks
+
+
+def _parts(read: Reader, held: Reader | None, fraction: float) -> tuple[list[DataRow], list[DataRow]]:
+    """A user's rows to train on and to hold out."""
+    return (read(), held()) if held else hold_out(read(), fraction)
 
 
 def places(arguments: argparse.Namespace) -> list[Place]:

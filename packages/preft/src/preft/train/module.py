@@ -42,8 +42,6 @@ class AdaptedModel(nn.Module):
         # What FSDP shards on its own: the blocks, and the deltas, which run inside the blocks but do not lie in them.
         deltas = {type(delta).__name__ for _, delta in adapter.parts()}
         self._no_split_modules = [*(hf._no_split_modules or ()), *sorted(deltas)]
-        if hasattr(hf, "hf_device_map"):  # a model over several devices stays where it is
-            self.hf_device_map = hf.hf_device_map
 
     def forward(
         self, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **fields: Tensor

@@ -10,6 +10,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -76,13 +77,17 @@ class _Worker:
 
     def send(self, name: str, task: Any) -> None:
         self.task = name
-        self.connection.send(task)
+        self._put(task)
+
+    def _put(self, message: Any) -> None:
+        with suppress(BrokenPipeError):  # the process has died: `receive` reports it, with its task
+            self.connection.send(message)
 
     def receive(self) -> Outcome | None:
         """The outcome of the task; None for the word that the model is open."""
         try:
             kind, value = self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.dead = True
             self.process.join()
             what = f"the process ended with code {self.process.exitcode}"
@@ -97,7 +102,7 @@ class _Worker:
 
     def close(self) -> None:
         if not self.dead:
-            self.connection.send(None)
+            self._put(None)
             self.process.join()
 
 

@@ -4,11 +4,13 @@ AdamW with linear warm-up and linear decay on the transformers Trainer (`preft.t
 retracted to orthonormal rows (ReFT). The same seed gives the same batches and the same start.
 
 A folder makes training resumable: it keeps checkpoints and `training.json`, which says what is trained. A later call
-with the same model, rows and settings goes on from the last checkpoint, any other begins anew.
+with the same model, rows and settings goes on from the last checkpoint; any other says what differs, removes the
+checkpoints and begins anew. A folder with checkpoints but without that file is refused: they are another program's.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +22,7 @@ from preft.train.config import TrainConfig
 from preft.train.module import AdaptedModel
 from preft.train.rows import Layout, Parts, padding_id, schedule, training_rows
 from preft.train.trainer import OnLog, adapter_trainer, arguments, last_checkpoint
-from shared.fingerprint import fingerprint
+from shared import fingerprint as fingerprints
 from shared.generation.process_state import random_state_kept
 from shared.serialize import plain, read_json, remove, write_json
 from shared.tokens import Message, TrainingRow
@@ -45,12 +47,14 @@ def train_adapter(
     *,
     heldout: Sequence[Sequence[Message]] = (),
     folder: Path | str | None = None,
+    fingerprint: str | None = None,
 ) -> Trained:
     """Train one adapter on chats that end with an assistant message; the model is left as it was.
 
     `on_log(step, figures)` is called after every step (loss, grad_norm, learning_rate) and evaluation (heldout_loss, of
     the `heldout` chats every `eval_every` steps). `folder` keeps checkpoints every `save_every` steps and resumes from
-    them. Under FSDP the model stays sharded. AdapterError where the chats hold nothing to learn from.
+    them. `fingerprint` is the model's, computed from its weights if not given. Under FSDP the model stays sharded.
+    AdapterError where the chats hold nothing to learn from, and where the adapter ends with values that are no numbers.
     """
     config = config or TrainConfig()
     rows = training_rows(tokenizer, chats, adapter_config.history)
@@ -68,7 +72,9 @@ def train_adapter(
         _check_device(hf, args)
         if folder is not None:
             with args.main_process_first(local=False):
-                _begin(place, _identity(hf, rows, adapter_config, config), args.process_index == 0)
+                if args.process_index == 0:
+                    weights = fingerprint or fingerprints.fingerprint(hf)
+                    _begin(place, _identity(hf, weights, rows, adapter_config, config))
         parts = args.world_size * config.gradient_accumulation
         trainer = adapter_trainer(
             stack.enter_context(model.held(config.gradient_checkpointing)),
@@ -91,29 +97,46 @@ def _evaluation(rows: Sequence[TrainingRow], layout: Layout, config: TrainConfig
 
 
 def _check_device(hf: Any, args: Any) -> None:
-    """AdapterError where a model on one device is not where the Trainer would move it."""
-    if not getattr(hf, "hf_device_map", None) and (hf.device.type, hf.device.index or 0) != (
-        args.device.type,
-        args.device.index or 0,
-    ):
+    """AdapterError where the model is not on the device that the Trainer would move it to."""
+    if (hf.device.type, hf.device.index or 0) != (args.device.type, args.device.index or 0):
         raise AdapterError(
             f"the model is on {hf.device}, but this process trains on {args.device}: load the model there, or choose "
             "the device with CUDA_VISIBLE_DEVICES"
         )
 
 
+def computation(hf: Any) -> dict[str, str]:
+    """How a loaded model computes with its weights, whose fingerprint is one for all types and kinds of attention.
+
+    (Quantised weights have a fingerprint of their own.)
+    """
+    return {"dtype": str(hf.dtype).removeprefix("torch."), "attention": str(hf.config._attn_implementation)}
+
+
 def _identity(
-    hf: Any, rows: Sequence[TrainingRow], adapter: AdapterConfig, config: TrainConfig
+    hf: Any, weights: str, rows: Sequence[TrainingRow], adapter: AdapterConfig, config: TrainConfig
 ) -> dict[str, Any]:
     """What determines the trained adapter."""
     digest = hashlib.sha256(json.dumps(plain(list(rows))).encode()).hexdigest()[:16]
-    return {"model": fingerprint(hf), "rows": digest, "adapter": plain(adapter), "train": plain(config)}
+    model = {"model": weights, "computation": computation(hf)}
+    return model | {"rows": digest, "adapter": plain(adapter), "train": plain(config)}
 
 
-def _begin(folder: Path, identity: dict[str, Any], main: bool) -> None:
-    """Keep the folder's checkpoints if they are of the same training, else remove them."""
-    path = folder / IDENTITY
-    if main and not (path.exists() and read_json(path) == identity):
-        for checkpoint in folder.glob("checkpoint-*"):
-            remove(checkpoint)
-        write_json(path, identity)
+def _begin(folder: Path, identity: dict[str, Any]) -> None:
+    """Keep the folder's checkpoints if they are of the same training, else say what differs and remove them."""
+    path, checkpoints = folder / IDENTITY, sorted(folder.glob("checkpoint-*"))
+    if checkpoints and not path.exists():
+        raise AdapterError(
+            f"{folder} holds {checkpoints[0].name}, but no {IDENTITY}: it is not from this kind of training. Name "
+            "another folder, or remove the checkpoints"
+        )
+    former = read_json(path) if path.exists() else {}
+    if former == identity:
+        return
+    if checkpoints:
+        other = ", ".join(name for name in identity if former.get(name) != identity[name])
+        names = ", ".join(checkpoint.name for checkpoint in checkpoints)
+        print(f"{folder}: training begins anew (other {other}); removed: {names}", file=sys.stderr)
+    for checkpoint in checkpoints:
+        remove(checkpoint)
+    write_json(path, identity)

@@ -9,6 +9,13 @@ import torch
 from preft.adapters import Adapter
 
 
+def is_sharded() -> bool:
+    """Whether accelerate was told to shard what this process trains (fsdp.yaml)."""
+    from accelerate.utils import parse_flag_from_env
+
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+
 @torch.no_grad()
 def gather_(whole: Adapter, sharded: Adapter) -> Adapter:
     """Give the twin the sharded adapter's values; returns the twin."""

@@ -4,7 +4,8 @@
                  them as num_items_in_batch)
     constraint   R is retracted to orthonormal rows after every optimiser step
     data         one item is one part of a step's batch (`preft.train.rows.Parts`), in order: resuming skips items
-    checkpoint   an adapter folder that can be served, the adapter's exact state, and the Trainer's own files
+    checkpoint   an adapter folder that can be served, the adapter's exact state, and the Trainer's own files; the first
+                 process makes the folder, every process adds the state of its generators, the first one marks it
     evaluation   loss per response token over all held-out rows, whatever the batches
 
 Devices, mixed precision, several processes (DDP, FSDP) are accelerate's.
@@ -139,8 +140,15 @@ class AdapterTrainer(Trainer):
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter as it is now, whole; under FSDP all processes ask together."""
-        return self.adapted.adapter if self._whole is None else gather_(self._whole, self.adapted.adapter)
+        """The adapter as it is now, whole; under FSDP all processes ask together. AdapterError if a value is no number:
+        the loss of a step, which `Hooks` looks at, is of the adapter before it."""
+        adapter = self.adapted.adapter if self._whole is None else gather_(self._whole, self.adapted.adapter)
+        if not all(bool(parameter.isfinite().all()) for parameter in adapter.parameters()):
+            raise AdapterError(
+                f"after step {self.state.global_step} the adapter has values that are no numbers: lower learning_rate "
+                "or max_grad_norm"
+            )
+        return adapter
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Linear warm-up and decay (`TrainConfig.rate`)."""
@@ -152,11 +160,6 @@ class AdapterTrainer(Trainer):
         self.lr_scheduler = LambdaLR(stepped, rate)
         self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's loss, on the device that the Trainer adds losses on (the last block may be elsewhere)."""
-        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-        return loss.to(self.args.device)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -176,6 +179,12 @@ class AdapterTrainer(Trainer):
         if self.args.should_save:
             folder = save_adapter(self.adapter, str(output_dir or self.args.output_dir))
             save_file(self.adapter.state_dict(), folder / STATE_FILE)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every process adds its file: after the folder has been put in its place, before it is marked as whole."""
+        self.accelerator.wait_for_everyone()
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
