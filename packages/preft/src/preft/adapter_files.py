@@ -230,7 +230,7 @@ def _config(raw: dict[str, Any], section: dict[str, Any]) -> AdapterConfig:
     values |= {
         "alpha": alpha,
         "rslora": raw.get("use_rslora") or False,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets, key=str),
         "layers": _layers(raw.get("layers_to_transform")),
         "rank_pattern": raw.get("rank_pattern") or {},
         "alpha_pattern": raw.get("alpha_pattern") or {},
