@@ -93,7 +93,7 @@ def test_an_adapter_of_peft_acts_on_all_tokens(
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.5, init_lora_weights=False, **settings)
     peft_model = get_peft_model(copy_of(model), config).eval()
-    peft_model.save_pretrained(tmp_path)
+    peft_model.save_pretrained(str(tmp_path))
     if file.endswith(".bin"):  # as older releases of peft wrote it
         torch.save(load_file(tmp_path / WEIGHTS_FILE), tmp_path / file)
         (tmp_path / WEIGHTS_FILE).unlink()

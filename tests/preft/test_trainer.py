@@ -39,6 +39,7 @@ def test_one_step_is_adamw_on_the_mean_over_response_tokens(model: Model) -> Non
     adapter = Adapter.create(model.hf, config, settings.seed)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     batch = collate(training_rows(model.tokenizer, chats(8, turns=2)), 0)
+    assert batch.labels_BT is not None
     losses = []
     for step in range(2):
         logits_NV = masked_logits(model.hf, adapter, batch)[:, :-1].flatten(0, 1)
