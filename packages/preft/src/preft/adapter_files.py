@@ -24,7 +24,7 @@ from preft.adapter_config import AdapterConfig, AdapterError
 from preft.vllm.identity import COMPOSITION, CONFIG_FILE, PHASE_SECTION, WEIGHT_FILES
 from preft.vllm.residual import SITE
 from preft.vllm.strict import PEFT_TYPE, STRICT_TYPE, plain_name, strict_name
-from shared.config import to_dataclass
+from shared.config import ConfigError, to_dataclass
 from shared.history import History
 from shared.serialize import atomic_path, write_json
 from shared.tokens import Phase
@@ -177,7 +177,7 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
     _check_kind(raw, section, path)
     try:
         config = _config(raw, section or {})
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (ConfigError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
         raise AdapterError(f"{path}: {reason}") from error
     return SavedAdapter(
