@@ -54,8 +54,9 @@ def main(arguments: argparse.Namespace) -> int:
     """Read and check the data, train, and print the figures."""
     adapter, train = from_options(AdapterConfig, arguments), from_options(TrainConfig, arguments)
     columns = parse_columns(arguments.columns)
+    source = heldout_source(arguments)
     rows = read_data(arguments.data, columns, arguments.split)
-    if source := heldout_source(arguments):
+    if source:
         held = read_data(source, columns, "test")
     else:
         rows, held = hold_out(rows, arguments.heldout_fraction)
