@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from preft_cases import CONFIGS, Case, Checker, prompt, stir
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from preft.adapters import Adapter, AdapterConfig, AdapterError
+from preft.vllm import memory_worker
 from preft.vllm.identity import PHASE_SECTION, memory_identity, memory_path
 from preft.vllm.memory import Ledger, Package, ledger_of, push, push_async, remove, remove_async
 from preft.vllm.memory_worker import held_by
@@ -228,10 +229,47 @@ class TestRefusals:
         with pytest.raises(AdapterError, match="modules down_port are not adapted here"):
             push(llm, "other", Package(package.config, other))
 
+    def test_a_layer_that_is_not_there(self, llm: Any, versions: list[Adapter]) -> None:
+        package = Package.of(versions[0])
+        deeper = Package(package.config, package.tensors.replace(b".layers.0.", b".layers.9."))
+        with pytest.raises(AdapterError, match=r"layers\.9\.\S+, .* are not adapted here"):
+            push(llm, "deeper", deeper)
+
+    @pytest.mark.parametrize(
+        ("module", "factor"), [("q_proj", 0), ("k_proj", 1), ("down_proj", 0), ("down_proj", 1)]
+    )
+    @pytest.mark.parametrize("grown", [0.5, 2])
+    def test_another_width(
+        self, llm: Any, versions: list[Adapter], module: str, factor: int, grown: float
+    ) -> None:
+        with pytest.raises(AdapterError, match=rf"{module} maps .* it belongs to another model"):
+            push(llm, "other", resized(versions[0], module, factor, grown))
+
+    def test_what_vllm_fails_on_leaves_no_half_filled_slot(
+        self, llm: Any, versions: list[Adapter], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(memory_worker, "_check_modules", lambda manager, lora: None)
+        before = llm.llm_engine.list_loras()
+        with pytest.raises(AdapterError, match="size of tensor"):
+            push(llm, "wide", resized(versions[0], "down_proj", 0, 2))
+        assert llm.llm_engine.list_loras() == before
+        slots = worker_manager(llm)._adapter_manager.lora_index_to_id
+        assert {number for number in slots if number} <= before
+
     def test_an_adapter_without_weights(self, llm: Any) -> None:
         empty = Package('{"r": 1, "lora_alpha": 1, "target_modules": []}', save({}))
         with pytest.raises(AdapterError, match="it has no weights"):
             push(llm, "empty", empty)
+
+
+def resized(adapter: Adapter, module: str, factor: int, grown: float) -> Package:
+    """The adapter of a model that is as much wider or narrower at one module (0: what goes in, 1: what comes out)."""
+    package = Package.of(adapter)
+    tensors = load(package.tensors)
+    name = next(name for name in tensors if f".{module}.preft_{'AB'[factor]}." in name)
+    size = list(tensors[name].shape)
+    size[1 - factor] = int(size[1 - factor] * grown)
+    return Package(package.config, save(tensors | {name: torch.ones(size)}))
 
 
 def test_a_package_says_what_the_adapter_is(adapters: dict[str, Adapter]) -> None:

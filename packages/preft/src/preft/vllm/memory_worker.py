@@ -7,7 +7,7 @@ for comes back as text, since an exception raised in a worker process would arri
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from preft.vllm.identity import worker_adapters
 
@@ -41,8 +41,10 @@ def hold_adapter(
         if pin_for:
             _check_room(manager, pin_for)
         manager.add_adapter(LoRARequest(name, lora_id, path))
-    except ValueError as error:
-        del held[path]
+    except Exception as error:
+        # Whatever vLLM objects to is a verdict on the adapter; it may have filled half a slot by then.
+        manager.remove_adapter(lora_id)
+        drop_adapter(worker, lora_id, path)
         return str(error)
     if pin_for:
         _pin(manager, lora_id, path, pin_for)
@@ -92,20 +94,56 @@ def load_held(manager: Any, lora_request: Any) -> Any:
 
 
 def _check_modules(manager: Any, lora: Any) -> None:
-    """ValueError names the modules of an adapter that this engine does not adapt; or it has none."""
+    """ValueError names modules of an adapter that this engine lacks or that have other sizes; or it has none.
+
+    vLLM asks neither: what it does not know it leaves out, and a smaller matrix fills a corner of the slot.
+    """
     if not lora.loras:
         raise ValueError("it has no weights")
-    adapted = manager._adapter_manager
-    parts = [part for parts in adapted.packed_modules.values() for part in parts]
-    served = {_last(name) for name in (*adapted.modules, *parts)}
-    if unknown := sorted({_last(name) for name in lora.loras} - served):
+    sizes = _sizes(manager._adapter_manager)
+    if unknown := sorted(lora.loras.keys() - sizes.keys()):
+        kinds = sorted({name.rpartition(".")[2] for name in sizes})
         raise ValueError(
-            f"its modules {', '.join(unknown)} are not adapted here, where there are {', '.join(sorted(served))}"
+            f"its modules {', '.join(unknown[:8])} are not adapted here; adapted are {', '.join(kinds)} of this "
+            "model's own layers"
         )
+    for name, weights in lora.loras.items():
+        found = Sizes(weights.lora_a.shape[1], weights.lora_b.shape[0])
+        if found != sizes[name]:
+            raise ValueError(
+                f"its module {name} maps {found.inputs} values to {found.outputs}, and the model's "
+                f"{sizes[name].inputs} to {sizes[name].outputs}: it belongs to another model"
+            )
 
 
-def _last(module_name: str) -> str:
-    return module_name.rpartition(".")[2]
+class Sizes(NamedTuple):
+    """Inputs and outputs of a linear module, before any sharding."""
+
+    inputs: int
+    outputs: int
+
+
+def _sizes(adapted: Any) -> dict[str, Sizes]:
+    """Every module that vLLM's manager adapts, under the name it has in adapters: fused ones one by one."""
+    sizes = {}
+    for name, module in adapted.modules.items():
+        if (linear := getattr(module, "base_layer", None)) is None or not hasattr(linear, "input_size"):
+            continue  # embeddings and heads, which this project's adapters leave alone
+        outputs = _outputs(linear)
+        parts = adapted.packed_modules.get(name)
+        each = zip(parts, outputs, strict=True) if parts else [(name, sum(outputs))]
+        sizes |= {part: Sizes(linear.input_size, size) for part, size in each}
+    return sizes
+
+
+def _outputs(linear: Any) -> list[int]:
+    """Output sizes of a linear layer of vLLM, of every one that is fused in it."""
+    if hasattr(
+        linear, "total_num_kv_heads"
+    ):  # its own `output_sizes` count heads that ranks share more than once
+        heads = (linear.total_num_heads, linear.total_num_kv_heads)
+        return [heads[0] * linear.head_size, heads[1] * linear.head_size, heads[1] * linear.v_head_size]
+    return list(getattr(linear, "output_sizes", None) or [linear.output_size])
 
 
 def _check_room(manager: Any, pin_for: str) -> None:
