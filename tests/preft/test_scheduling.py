@@ -12,9 +12,9 @@ import pytest
 from preft.adapters import Adapter, AdapterConfig
 from preft.formats import save_adapter
 from preft.vllm import scheduling
-from preft.vllm.identity import AdapterIdentity, AdapterRegistry, read_identity
+from preft.vllm.identity import AdapterIdentity, AdapterRegistry, content_digest, read_identity
 from preft.vllm.mapping import KINDS, Kind
-from preft.vllm.scheduling import block_keys
+from preft.vllm.scheduling import adapter_registry, block_keys
 from preft.vllm.sticky import KEY
 from shared.history import History
 from shared.models import Model
@@ -207,6 +207,25 @@ class TestBlockHashes:
         after = self.hashes(LoRARequest("a", 77, str(path), load_inplace=True), 16)
         assert not set(before) & set(after)
         assert after == self.hashes(LoRARequest("a", 77, str(path)), 16)
+
+    def test_an_id_has_one_path_until_it_is_removed(self, folders: dict[str, Path]) -> None:
+        """Else the requests under way would be computed anew with other weights, under the keys of the old ones."""
+        from vllm.lora.request import LoRARequest
+
+        self.hashes(LoRARequest("a", 78, str(folders["lora_p_0"])), 16)
+        other = LoRARequest("a", 78, str(folders["lora_p_1"]), load_inplace=True)
+        load = scheduling.refreshing(lambda engine, lora_request: pytest.fail("loaded"))
+        for refuses in (
+            adapter_registry.resolve,
+            adapter_registry.check_reload,
+            lambda lora: load(None, lora),
+        ):
+            with pytest.raises(
+                ValueError, match="id 78 is the adapter in .*lora_p_0: load .*lora_p_1 under another id"
+            ):
+                refuses(other)
+        adapter_registry.forget(78)
+        assert adapter_registry.resolve(other).digest == content_digest(folders["lora_p_1"])
 
 
 @pytest.mark.parametrize("phase", list(Phase))

@@ -151,6 +151,13 @@ def test_impossible_positions_are_refused(engine: VLLMGenerator, saved: dict[str
         read_spans({KEY: spans}, 20)
 
 
+def test_other_adapters_do_not_read_positions(engine: VLLMGenerator, saved: dict[str, Path]) -> None:
+    with_positions, without = ask(
+        engine, saved, [("recompute", prompt(20), [5, 3]), ("recompute", prompt(20), [])], 2
+    )
+    assert with_positions == without
+
+
 def test_the_positions_of_a_chat_are_those_of_training() -> None:
     tokenizer = load("tinyworld").tokenizer
     chat = [

@@ -199,12 +199,17 @@ def validating(original: Callable[..., None]) -> Callable[..., None]:
     return _validate_lora
 
 
+def is_sticky(lora_request: Any) -> bool:
+    """Whether requests under this adapter (None: of the base model) say where their earlier answers are."""
+    return lora_request is not None and adapter_registry.known(lora_request).history is History.STICKY
+
+
 def checking_spans(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`InputProcessor.process_inputs` that refuses impossible positions of earlier answers."""
+    """`InputProcessor.process_inputs` that refuses impossible positions of earlier answers where they are read."""
 
     def process_inputs(processor: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(processor, *args, **kwargs)
-        if request.lora_request is not None and request.sampling_params is not None:
+        if is_sticky(request.lora_request) and request.sampling_params is not None:
             try:
                 read_spans(request.sampling_params.extra_args, len(request.prompt_token_ids or ()))
             except ValueError as error:
@@ -218,6 +223,7 @@ def refreshing(original: Callable[..., bool]) -> Callable[..., bool]:
     """`add_lora` of an engine that reads the adapter's identity again once it is loaded anew."""
 
     def add_lora(engine: Any, lora_request: Any) -> bool:
+        adapter_registry.check_path(lora_request)
         added = original(engine, lora_request)
         loaded[lora_request.lora_int_id] = (lora_request.lora_name, lora_request.lora_path)
         if lora_request.load_inplace:
@@ -231,6 +237,7 @@ def refreshing_async(original: Callable[..., Awaitable[bool]]) -> Callable[..., 
     """`refreshing` for the asynchronous engine."""
 
     async def add_lora(engine: Any, lora_request: Any) -> bool:
+        adapter_registry.check_path(lora_request)
         added = await original(engine, lora_request)
         loaded[lora_request.lora_int_id] = (lora_request.lora_name, lora_request.lora_path)
         if lora_request.load_inplace:
