@@ -4,10 +4,10 @@ A request is token ids, so the client says where the earlier answers are, in one
 
     SamplingParams(extra_args={"preft_generated": [start, end, start, end, ...]})       over HTTP: "vllm_xargs"
 
-(`generated_positions` makes it from messages). Under an adapter of history `sticky` those tokens are of kind generated,
-and the token in front of each stretch is a boundary; other adapters do not read it. Nothing given means a chat of one
-turn. So the blocks of an earlier answer get the keys they had when it was generated, and the next turn finds them in
-the prefix cache.
+(`generated_positions` makes it from messages; `preft serve` does so itself in its routes for chats). Under an adapter
+of history `sticky` those tokens are of kind generated, and the token in front of each stretch is a boundary; other
+adapters do not read it. Nothing given means a chat of one turn. So the blocks of an earlier answer get the keys they
+had when it was generated, and the next turn finds them in the prefix cache.
 
 Scheduler and runner read the same list: the scheduler's request has it among its sampling parameters, the runner gets
 it with the adapter (`placed`).
@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 from preft.vllm.mapping import ENDLESS
-from shared.tokens import Message, encode_chat
+from shared.tokens import Encoded, Message, encode_chat
 
 KEY = "preft_generated"
 
@@ -31,7 +31,11 @@ def generated_positions(tokenizer: Any, messages: Sequence[Message]) -> list[int
 
     ChatTemplateError where the template does not let them be found.
     """
-    encoded = encode_chat(tokenizer, messages, add_generation_prompt=True)
+    return positions_of(encode_chat(tokenizer, messages, add_generation_prompt=True))
+
+
+def positions_of(encoded: Encoded) -> list[int]:
+    """The same of a chat that was encoded with its generation prompt."""
     spans = [span for span in encoded.spans[:-1] if span.role == "assistant"]
     return [position for span in spans for position in (span.content_start, span.generated_end)]
 
