@@ -19,10 +19,15 @@ from preft_cases import CONFIGS, Case, Checker, prompt, stir
 from safetensors.torch import load_file, save_file
 from server_process import Server
 
-from preft.adapters import Adapter
+from preft.adapters import Adapter, AdapterConfig
+from preft.composition import compose
 from preft.formats import save_adapter
+from preft.reference import greedy_reference
 from preft.serve.store import Store
+from preft.vllm.sticky import KEY, generated_positions
+from shared.history import History
 from shared.models import Model
+from shared.tokens import Message
 
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
 GIVEN = ["lora_p_0", "reft_p_0", "lora_all"]
@@ -153,7 +158,6 @@ BAD = {
     ),
     "rank too high": (spoil_config(lambda config: config.update(r=10**9)), "--max-lora-rank"),
     "no rank": (spoil_config(lambda config: config.pop("r")), "'r' is missing"),
-    "sticky": (spoil_config(lambda config: config["preft"].update(history="sticky")), "sticky"),
     "not safetensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"pickle" * 99), "is damaged"),
     "not JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be used"),
 }
@@ -265,6 +269,50 @@ def test_deleting_disturbs_no_running_request(server: Server, checker: Checker) 
     for part in stream:
         tokens += part
     assert tokens == checker.reference(case, LONG)
+
+
+def test_a_sum_follows_its_terms(
+    server: Server, checker: Checker, adapters: dict[str, Adapter], folders: dict[str, Path]
+) -> None:
+    case = {}
+    for kind in ("lora_p_1", "lora_p_2"):
+        checker.adapters[f"sum {kind}"] = compose([(adapters[kind], 0.5), (adapters["lora_p_0"], 1.0)])
+        case[kind] = Case(f"sum {kind}", prompt(47, 15))
+        server.put("term", folders[kind], replace=True)
+        for _ in range(2):
+            assert server.tokens("term:0.5+lora_p_0", case[kind].prompt, 8) == checker.reference(
+                case[kind], 8
+            )
+    assert checker.reference(case["lora_p_1"], 8) != checker.reference(case["lora_p_2"], 8)
+    server.delete("term")
+    assert not {"term", "term:0.5+lora_p_0"} & names(server)
+    for name, status in [("term:0.5+lora_p_0", 404), ("lora_p_0:x", 404), ("+".join(["lora_p_0"] * 5), 400)]:
+        body = {"model": name, "prompt": [5, 6], "max_tokens": 1}
+        assert server.client.post("/v1/completions", json=body).status_code == status, name
+
+
+def test_a_chat_under_a_sticky_adapter(server: Server, model: Model, tmp_path: Path) -> None:
+    """The server finds the earlier answers; what a client says wrongly of them is a bad request."""
+    config = AdapterConfig(rank=4, history=History.STICKY)
+    adapter = stir(Adapter.create(model.hf, config, seed=60), seed=61)
+    server.put("sticky", save_adapter(adapter, tmp_path / "sticky"))
+    chat = [
+        Message(role="user", content="Where is Boston?"),
+        Message(role="assistant", content="In Massachusetts, as far as I know."),
+        Message(role="user", content="And Austin?"),
+    ]
+    body = {"model": "sticky", "messages": chat, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+    answer = server.client.post("/v1/chat/completions", json=body).json()
+    ids, flat = answer["prompt_token_ids"], generated_positions(model.tokenizer, chat)
+    references = [
+        greedy_reference(model.hf, adapter, ids, 8, tuple(model.eos_token_ids), generated=spans).tokens
+        for spans in [tuple(zip(flat[::2], flat[1::2])), ()]
+    ]
+    assert answer["choices"][0]["token_ids"] == references[0] != references[1]
+    wrong = server.client.post("/v1/chat/completions", json=body | {"vllm_xargs": {KEY: [5, 3]}})
+    assert wrong.status_code == 400
+    assert "must be positions start, end" in wrong.json()["error"]["message"]
+    server.delete("sticky")
 
 
 def test_the_key_protects_everything_under_v1(server: Server) -> None:

@@ -150,6 +150,11 @@ def sum_sources(sources: Sequence[tuple[Source, float]]) -> Source:
     )
 
 
+def highest_rank(source: Source) -> int:
+    """The highest rank at any module; 1 where nothing is adapted."""
+    return max((len(factors.A) for update in source.by_kind for factors in update.values()), default=1)
+
+
 def common_history(sources: Sequence[Source]) -> History:
     """The one history policy of adapters that act together; AdapterError where there are two."""
     policies = {source.history for source in sources} - {None}
@@ -261,4 +266,13 @@ def _digest(update: Update) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["ByKind", "Source", "Update", "read_source", "save_source", "source_of", "sum_sources"]
+__all__ = [
+    "ByKind",
+    "Source",
+    "Update",
+    "highest_rank",
+    "read_source",
+    "save_source",
+    "source_of",
+    "sum_sources",
+]

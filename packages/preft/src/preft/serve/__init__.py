@@ -1,6 +1,7 @@
 """`preft serve`: vLLM's own OpenAI server with adapters that are uploaded, replaced and removed while it serves.
 
 command      the options, the defaults of the machine, the start
+sums         strengths and sums of adapters by name; turns: where the earlier answers of a sticky chat are
 check        is this folder an adapter that this engine can serve? asked before anything is registered
 store        uploads on disk, each version in a folder of its own, so that a restart serves them again
 catalog      the adapters of the running server: register, replace, remove, and unload when nothing needs them

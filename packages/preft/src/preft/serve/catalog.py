@@ -7,8 +7,11 @@ then *retired*:
 
     unload    once no request computes a prompt under it; an adapter that also acts on generated tokens: once no request
               runs under it at all. A decoding request of a prefill-only adapter holds nothing.
-    discard   its files once no request runs under it (a preempted one computes its prompt anew, and needs them), and
-              after `GRACE` seconds more, for requests that had looked the name up but had not reached the engine yet
+    discard   its files, if they are the server's own, once no request runs under it (a preempted one computes its
+              prompt anew, and needs them), and after `GRACE` seconds more, for requests that had looked the name up but
+              had not reached the engine yet
+
+A sum of adapters (`preft.serve.sums`) means what its terms mean: it leaves the table with any of them.
 
 All of it happens in the front process, on its event loop; the lock of a name is the one vLLM's own routes take.
 """
@@ -16,7 +19,7 @@ All of it happens in the front process, on its event loop; the lock of a name is
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -31,6 +34,7 @@ from preft.vllm.scheduling import adapter_registry
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 GRACE = 30.0
 POLL = 0.1
+MOST_SUMS = 64  # listed; the one made first goes
 FAILED_CALL = "Call to add_lora method failed: "  # how vLLM's engine begins the reason
 
 
@@ -44,12 +48,17 @@ class Refusal(AdapterError):
 
 @dataclass(frozen=True)
 class Version:
-    """What the catalog knows of an adapter besides vLLM's LoRARequest."""
+    """What the catalog knows of an adapter besides vLLM's LoRARequest.
+
+    `stored`: a restart serves it again; `owned`: its files are the server's own; `made_of`: the terms of a sum.
+    """
 
     number: int
     rank: int | None
     created: str | None
     stored: bool
+    owned: bool = False
+    made_of: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,9 @@ class Catalog:
     def __init__(self, models: Any, engine: Any, check: AdapterCheck, store: Store) -> None:
         self.models, self.engine, self.check, self.store = models, engine, check, store
         self.retiring: dict[int, str] = {}  # id -> name
+        self.files = asyncio.Lock()  # of the sums' folders: none is removed while one is made
         self._versions: dict[str, Version] = {}
+        self._needed: Counter[str] = Counter()  # versions that need a folder of the server's own
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, given: dict[str, Checked]) -> None:
@@ -74,7 +85,10 @@ class Catalog:
         for name, checked in given.items():
             stored = self.store.current.get(name)
             number, created = (stored.version, stored.created) if stored else (1, None)
-            self._versions[name] = Version(number, checked.rank, created, stored is not None)
+            self._versions[name] = Version(
+                number, checked.rank, created, stored is not None, stored is not None
+            )
+            self._needed[self.models.lora_requests[name].lora_path] += stored is not None
 
     async def put(self, name: str, staged: Path, replace: bool) -> None:
         """Register staged files under a name; Refusal with the reason, and nothing is changed then."""
@@ -88,35 +102,80 @@ class Catalog:
                 self.store.discard(staged)
 
     async def _register(self, name: str, staged: Path, checked: Checked, replace: bool) -> None:
-        from vllm.lora.request import LoRARequest
-
-        old = self.models.lora_requests.get(name)
-        if old is not None and not replace:
+        if name in self.models.lora_requests and not replace:
             raise Refusal(f"there is an adapter {name!r} already; PUT replaces it", HTTPStatus.CONFLICT)
         folder = self.store.number(staged)
+        try:
+            new = await self.load(name, folder)
+        except Refusal:
+            self.store.discard(folder)
+            raise
+        stored = self.store.set_current(name, folder, self._next_number(name))
+        self.enter(new, Version(stored.version, checked.rank, stored.created, True, owned=True))
+
+    async def adopt(self, name: str, folder: Path, checked: Checked, replace: bool) -> None:
+        """Serve a folder where it lies, until the server ends; Refusal with the reason, and nothing is changed then."""
+        async with self.models.lora_resolver_lock[name]:
+            if name in self.models.lora_requests and not replace:
+                raise Refusal(
+                    f"there is an adapter {name!r} already; load_inplace replaces it", HTTPStatus.CONFLICT
+                )
+            new = await self.load(name, folder)
+            self.enter(new, Version(self._next_number(name), checked.rank, None, False))
+
+    async def load(self, name: str, folder: Path) -> Any:
+        """Load a folder into the engine under an id of its own; returns vLLM's LoRARequest, or Refusal."""
+        from vllm.lora.request import LoRARequest
+
         new = LoRARequest(name, self.models.lora_id_counter.inc(1), str(folder))
         try:
             await self.engine.add_lora(new)
         except Exception as error:
             # Whatever the engine objects to is a verdict on the adapter; a dead engine is told by /health.
-            self.store.discard(folder)
             raise Refusal(f"the engine refused it: {str(error).removeprefix(FAILED_CALL)}") from error
-        number = self._versions[name].number + 1 if name in self._versions else 1
-        stored = self.store.set_current(name, folder, number)
-        self._versions[name] = Version(number, checked.rank, stored.created, True)
-        self.models.lora_requests[name] = new
-        if old is not None:
-            self._retire(old)
+        return new
+
+    def _next_number(self, name: str) -> int:
+        return self._versions[name].number + 1 if name in self._versions else 1
+
+    def enter(self, new: Any, version: Version) -> None:
+        """From now on a name means this LoRARequest; what it meant is retired, and so are the sums of it."""
+        name = new.lora_name
+        if name in self.models.lora_requests:
+            self._leave(name)
+        self._drop_sums(name)
+        self.models.lora_requests[name], self._versions[name] = new, version
+        self._needed[new.lora_path] += version.owned
+        sums = [whole for whole, known in self._versions.items() if known.made_of]
+        for oldest in sums[:-MOST_SUMS]:
+            self._leave(oldest)
+
+    def _leave(self, name: str) -> None:
+        old, version = self.models.lora_requests.pop(name), self._versions.pop(name, None)
+        self._retire(old, version is not None and version.owned)
+
+    def _drop_sums(self, name: str) -> None:
+        for whole in [whole for whole, known in self._versions.items() if name in known.made_of]:
+            self._leave(whole)
 
     async def remove(self, name: str) -> None:
         """Serve a name no longer; Refusal where there is none. Requests that run under it are not disturbed."""
         async with self.models.lora_resolver_lock[name]:
-            old = self.models.lora_requests.pop(name, None)
-            if old is None:
+            if name not in self.models.lora_requests:
                 raise Refusal(f"there is no adapter {name!r}", HTTPStatus.NOT_FOUND)
-            self._versions.pop(name, None)
             self.store.forget(name)
-            self._retire(old)
+            self._leave(name)
+            self._drop_sums(name)
+
+    def folders(self) -> dict[str, Path]:
+        """The folders of what is listed, sums left out."""
+        sums = {name for name, known in self._versions.items() if known.made_of}
+        return {name: Path(r.lora_path) for name, r in self.models.lora_requests.items() if name not in sums}
+
+    def ids(self, names: Iterable[str]) -> list[int | None]:
+        """What names mean now, None where they are not listed."""
+        listed = self.models.lora_requests
+        return [listed[name].lora_int_id if name in listed else None for name in names]
 
     def check_name(self, name: str) -> None:
         """Refusal unless a client may give an adapter this name."""
@@ -128,13 +187,13 @@ class Catalog:
         if self.models.is_base_model(name):
             raise Refusal(f"{name!r} is the base model's name", HTTPStatus.CONFLICT)
 
-    def _retire(self, old: Any) -> None:
+    def _retire(self, old: Any, owned: bool) -> None:
         self.retiring[old.lora_int_id] = old.lora_name
-        task = asyncio.create_task(self._unload(old, adapter_registry.known(old).acts[Kind.GENERATED]))
+        task = asyncio.create_task(self._unload(old, adapter_registry.known(old).acts[Kind.GENERATED], owned))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _unload(self, old: Any, decodes: bool) -> None:
+    async def _unload(self, old: Any, decodes: bool, owned: bool) -> None:
         number = old.lora_int_id
         while (self.in_flight().all if decodes else self.in_flight().prefilling)[number]:
             await asyncio.sleep(POLL)
@@ -145,8 +204,16 @@ class Catalog:
         while self.in_flight().all[number]:
             await asyncio.sleep(POLL)
         await self.engine.remove_lora(number)  # a preempted or a late request may have loaded it again
-        await asyncio.to_thread(self.store.discard, Path(old.lora_path))
+        async with self.files:
+            self._needed[old.lora_path] -= owned
+            await self.discard(Path(old.lora_path), owned)
         del self.retiring[number]
+
+    async def discard(self, folder: Path, owned: bool) -> None:
+        """Remove a folder of the server's own that no version needs; hold `files`."""
+        if owned and not self._needed[str(folder)]:
+            del self._needed[str(folder)]
+            await asyncio.to_thread(self.store.discard, folder)
 
     def in_flight(self) -> InFlight:
         """Unfinished requests of the server by adapter id."""

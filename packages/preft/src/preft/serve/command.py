@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from preft.adapters import AdapterError
+from preft.materialise import CACHE_VARIABLE
 from preft.serve.catalog import NAME
 from preft.serve.check import AdapterCheck, Checked, bare_model, fingerprint_of
 from preft.serve.endpoint import ARGUMENT, GROUP, ServeSettings
@@ -76,6 +77,7 @@ def main(arguments: Namespace) -> int:
     if api_key := arguments.api_key or os.environ.get(API_KEY):
         os.environ["VLLM_API_KEY"] = api_key  # not among vLLM's arguments, which it logs
     with Store(Path(arguments.store)) as store, tempfile.TemporaryDirectory(prefix="innerworks-") as scratch:
+        os.environ.setdefault(CACHE_VARIABLE, str(store.sums))
         config = ModelConfig(
             arguments.model,
             dtype="auto",

@@ -52,6 +52,8 @@ class AdapterEndpoint:
             return
         from preft.serve.guard import guard
         from preft.serve.prometheus import EngineCollector
+        from preft.serve.sums import Sums
+        from preft.serve.turns import find_turns
 
         given = settings(args)
         state.adapters = Catalog(state.openai_serving_models, engine_client, given.check, given.store)
@@ -60,6 +62,8 @@ class AdapterEndpoint:
         state.adapter_counts.register()
         state.drain.watch(engine_client)
         guard(state.adapters, given.local_paths)
+        find_turns(state.adapters, state.online_renderer)
+        state.openai_serving_models.resolve_lora = Sums(state.adapters).resolve
 
 
 def settings(args: Namespace) -> ServeSettings:

@@ -32,7 +32,6 @@ def allowed_folder(path: str, root: Path | None) -> Path:
 
 def guard(catalog: Catalog, root: Path | None) -> None:
     """Put the two handlers of `catalog.models` under the rules."""
-    models, load = catalog.models, catalog.models.load_lora_adapter
 
     async def load_lora_adapter(request: Any, base_model_name: str | None = None) -> Any:
         try:
@@ -41,10 +40,13 @@ def guard(catalog: Catalog, root: Path | None) -> None:
                     f"{request.lora_name!r} was uploaded: PUT /v1/adapters replaces it", HTTPStatus.CONFLICT
                 )
             catalog.check_name(request.lora_name)
-            await asyncio.to_thread(catalog.check, allowed_folder(request.lora_path, root))
+            folder = allowed_folder(request.lora_path, root)
+            checked = await asyncio.to_thread(catalog.check, folder)
+            # In place means another id here as well: two folders under one id would be taken for one another.
+            await catalog.adopt(request.lora_name, folder, checked, request.load_inplace)
         except AdapterError as error:
             return error_response(error)
-        return await load(request, base_model_name)
+        return f"Success: LoRA adapter '{request.lora_name}' added successfully."
 
     async def unload_lora_adapter(request: Any) -> Any:
         try:
@@ -53,6 +55,7 @@ def guard(catalog: Catalog, root: Path | None) -> None:
             return error_response(error)
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
+    models = catalog.models
     models.load_lora_adapter, models.unload_lora_adapter = load_lora_adapter, unload_lora_adapter
 
 

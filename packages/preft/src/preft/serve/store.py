@@ -2,6 +2,7 @@
 
     STORE/index.json    {"serial": n, "adapters": {NAME: {"folder": "000007", "version": 3, "created": ...}}}
     STORE/000007/       one version of one adapter: adapter_config.json, adapter_model.safetensors
+    STORE/sums/         sums of adapters that the server has made (`preft.materialise`)
     STORE/.lock         held by the server that uses the store
 
 A version's folder never changes and its number is never used again: requests that run under an old version can still
@@ -22,6 +23,7 @@ from shared.errors import UserError
 from shared.serialize import read_json, write_json
 
 INDEX = "index.json"
+SUMS = "sums"
 STAGED = ".incoming-"
 OURS = re.compile(rf"\d{{6,}}|{re.escape(STAGED)}[0-9a-f]+")
 
@@ -40,6 +42,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
+        self.sums = self.folder / SUMS
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / INDEX).exists() and any(path.is_dir() for path in self.folder.iterdir()):
             raise UserError(f"{folder} holds other folders and no {INDEX}: give --store a folder of its own")
@@ -88,7 +91,7 @@ class Store:
 
     def discard(self, folder: Path) -> None:
         """Remove a folder of this store; other folders are left alone."""
-        if folder.parent == self.folder:
+        if folder.parent in (self.folder, self.sums):
             shutil.rmtree(folder)
 
     def _write(self) -> None:
@@ -100,7 +103,9 @@ class Store:
     def _sweep(self) -> None:
         kept = {stored.folder for stored in self.current.values()}
         for folder in self.folder.iterdir():
-            if folder.is_dir() and folder not in kept and OURS.fullmatch(folder.name):
+            if folder == self.sums or (
+                folder.is_dir() and folder not in kept and OURS.fullmatch(folder.name)
+            ):
                 shutil.rmtree(folder)
 
 

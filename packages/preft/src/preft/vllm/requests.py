@@ -26,6 +26,7 @@ from preft.vllm.identity import CONFIG_FILE, holds_interventions
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
+MOST_TERMS = 16
 # Ids for folders that were given none: above what is counted from 1, and within 31 bits (Model Runner V2).
 _ids = count(1 << 20)
 _id_of: dict[tuple[str, Path], int] = {}
@@ -64,13 +65,18 @@ def _term(text: str, whole: str, known: Mapping[str, str | Path]) -> Term:
     return Term(adapter, value)
 
 
-def adapter_folder(name: str, folders: Mapping[str, str | Path]) -> Path:
-    """The adapter folder that a name stands for, made if need be; UserError where it stands for none."""
+def adapter_folder(name: str, folders: Mapping[str, str | Path], max_rank: int | None = None) -> Path:
+    """The adapter folder that a name stands for, made if need be.
+
+    UserError where it stands for none, or for one of more than `MOST_TERMS` terms or of a rank above `max_rank`.
+    """
     terms = [(Path(folders[term.name]), term.strength) for term in parse(name, folders)]
+    if len(terms) > MOST_TERMS:
+        raise AdapterError(f"a sum has at most {MOST_TERMS} terms, not {len(terms)}")
     [(first, strength), *others] = terms
     if not others and strength == 1.0 and not holds_interventions(first):
         return first
-    return materialised(terms)
+    return materialised(terms, max_rank)
 
 
 def adapter_request(name: str, folders: Mapping[str, str | Path]) -> "LoRARequest":
