@@ -224,11 +224,9 @@ class AdapterRegistry:
         self._parts: dict[str, Any] = {}  # digest -> LoRARequest of that part
 
     def resolve(self, lora_request: Any) -> AdapterIdentity:
-        """The identity under which this request runs; ValueError if the files changed since they were first read, or
-        the id belongs to another path."""
+        """The identity under which this request runs; ValueError if the files changed since they were first read."""
         known = self._known.get(_key(lora_request))
         if known is None or lora_request.load_inplace:
-            self.check_path(lora_request)
             self.check_return(lora_request)
             return self.refresh(lora_request)
         if known.stamp and folder_stamp(_folder(lora_request)) != known.stamp:
@@ -284,21 +282,12 @@ class AdapterRegistry:
 
     def check_reload(self, lora_request: Any) -> None:
         """ValueError if the files now hold an adapter for other tokens: requests are under way with the old one."""
-        self.check_path(lora_request)
         known, new = self._last(lora_request), _read(lora_request)
         if known is not None and new.acts != known.acts:
             raise ValueError(
                 f"adapter {lora_request.lora_name!r} was loaded with phase {known.phase.value!r}, and "
                 f"{lora_request.lora_path} now holds one of phase {new.phase.value!r}, which acts on other tokens; "
                 "load it under another id"
-            )
-
-    def check_path(self, lora_request: Any) -> None:
-        """ValueError if the id is known under another path: a slot is told by the id, a request's files by the path."""
-        number, path = _key(lora_request)
-        if others := [known for known_id, known in self._known if known_id == number and known != path]:
-            raise ValueError(
-                f"id {number} is the adapter in {others[0]}: load {path} under another id, or remove the id first"
             )
 
     def check_return(self, lora_request: Any) -> None:

@@ -17,12 +17,16 @@ from preft.vllm.scheduling import adapter_registry
 
 
 def reloading(original: Callable[..., bool]) -> Callable[..., bool]:
-    """`EngineCore.add_lora` that lets no request mix two versions; ValueError if the new one has another phase."""
+    """`EngineCore.add_lora` that lets no request mix two versions.
+
+    ValueError if the new one has another phase, or lies elsewhere while requests name the old folder.
+    """
 
     def add_lora(core: Any, lora_request: Any) -> bool:
         if not lora_request.load_inplace:
             adapter_registry.check_return(lora_request)
             return original(core, lora_request)
+        _check_path(core.scheduler, lora_request)
         adapter_registry.check_reload(lora_request)
         added = original(core, lora_request)
         adapter_registry.refresh(lora_request)
@@ -30,6 +34,19 @@ def reloading(original: Callable[..., bool]) -> Callable[..., bool]:
         return added
 
     return add_lora
+
+
+def _check_path(scheduler: Any, lora_request: Any) -> None:
+    """A slot is told by the id, but the identity of a request, and the files it is computed anew from, by the path."""
+    owners = [request.__dict__.get("_own_lora_request") for request in scheduler.requests.values()]
+    for own in owners:
+        if own is None or own.lora_int_id != lora_request.lora_int_id:
+            continue
+        if own.lora_path != lora_request.lora_path:
+            raise ValueError(
+                f"requests run under id {own.lora_int_id} from {own.lora_path}: load {lora_request.lora_path} under "
+                "another id"
+            )
 
 
 def renew(scheduler: Any, lora_int_id: int) -> None:

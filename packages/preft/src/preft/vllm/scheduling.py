@@ -223,7 +223,6 @@ def refreshing(original: Callable[..., bool]) -> Callable[..., bool]:
     """`add_lora` of an engine that reads the adapter's identity again once it is loaded anew."""
 
     def add_lora(engine: Any, lora_request: Any) -> bool:
-        adapter_registry.check_path(lora_request)
         added = original(engine, lora_request)
         loaded[lora_request.lora_int_id] = (lora_request.lora_name, lora_request.lora_path)
         if lora_request.load_inplace:
@@ -237,7 +236,6 @@ def refreshing_async(original: Callable[..., Awaitable[bool]]) -> Callable[..., 
     """`refreshing` for the asynchronous engine."""
 
     async def add_lora(engine: Any, lora_request: Any) -> bool:
-        adapter_registry.check_path(lora_request)
         added = await original(engine, lora_request)
         loaded[lora_request.lora_int_id] = (lora_request.lora_name, lora_request.lora_path)
         if lora_request.load_inplace:
