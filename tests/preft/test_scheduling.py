@@ -216,162 +216,16 @@ class TestBlockHashes:
 
         request = make_request(LoRARequest("a", 78, str(folders["lora_p_0"])), 16)
         core = SimpleNamespace(scheduler=SimpleNamespace(requests={"r": request}, running=[]))
-        loaded = []
+        loaded: list[Any] = []
         add_lora = renewal.reloading(lambda core, lora_request: not loaded.append(lora_request))
         other = LoRARequest("a", 78, str(folders["lora_p_1"]), load_inplace=True)
-        with pytest.raises(ValueError, match="requests run under id 78 from .*lora_p_0: load .*lora_p_1 under another"):
+        with pytest.raises(
+            ValueError, match="requests run under id 78 from .*lora_p_0: load .*lora_p_1 under"
+        ):
             add_lora(core, other)
         assert not loaded
         core.scheduler.requests.clear()
         assert add_lora(core, other)
-        assert adapter_registry.resolve(other).digest == content_digest(folders["lora_p_1"])
-
-
-@pytest.mark.parametrize("phase", list(Phase))
-    def test_a_sticky_adapter_is_needed_where_it_acts(
-        self, model: Model, tmp_path: Path, phase: Phase
-    ) -> None:
-        from vllm.lora.request import LoRARequest
-
-        history = History.RECOMPUTE if phase is Phase.ALL else History.STICKY
-        adapter = Adapter.create(model.hf, AdapterConfig(rank=2, phase=phase, history=history))
-        lora = LoRARequest("sticky", 60, str(save_adapter(adapter, tmp_path / "sticky")))
-        request = make_request(lora, prompt=20, total=24, generated=[5, 9])
-        kinds = [Kind.PROMPT] * 4 + [Kind.BOUNDARY] + [Kind.GENERATED] * 4
-        kinds += [Kind.PROMPT] * 10 + [Kind.BOUNDARY] + [Kind.GENERATED] * 4
-        for position, kind in enumerate(kinds):
-            request.num_computed_tokens = position
-            assert (request.lora_request is lora) == KINDS[phase][kind]
-            fits = scheduling.fit_slots(request, position, 1, {7, 8}, slots=2)
-            assert fits == (0 if KINDS[phase][kind] else 1)
-
-    def test_a_request_without_adapter_has_none(self) -> None:
-        assert make_request(None, prompt=20).lora_request is None
-
-
-class TestSlots:
-    """A chunk ends before the first token whose adapter finds no slot."""
-
-    @pytest.mark.parametrize(
-        ("name", "used", "fits"),
-        [
-            ("lora_p_0", set(), 30),
-            ("lora_p_0", {7}, 30),
-            ("lora_p_0", {7, 8}, 0),
-            ("lora_p_0", {7, 1}, 30),  # its own slot
-            ("lora_decode", {7, 8}, 20),
-            ("lora_boundary", {7, 8}, 19),
-            ("lora_all", {7, 8}, 0),
-        ],
-    )
-    def test_fit(self, folders: dict[str, Path], name: str, used: set[int], fits: int) -> None:
-        request = make_request(lora_request(folders, name), prompt=20, total=30)
-        before = set(used)
-        assert scheduling.fit_slots(request, 0, 30, used, slots=2) == fits
-        assert used == (before | {1} if fits == 30 else before)
-
-    def test_a_decoding_request_of_a_prefill_adapter_takes_none(self, folders: dict[str, Path]) -> None:
-        request = make_request(lora_request(folders, "lora_p_0"), prompt=20, total=30)
-        used = {7, 8}
-        assert scheduling.fit_slots(request, 20, 10, used, slots=2) == 10
-        assert used == {7, 8}
-
-    def test_the_set_is_a_steps(self, folders: dict[str, Path]) -> None:
-        hook = scheduling.within_slots(lambda scheduler, request, computed, count: count)
-        scheduler = SimpleNamespace(current_step=1, lora_config=SimpleNamespace(max_loras=1))
-        first = make_request(lora_request(folders, "lora_all", 1), prompt=20)
-        second = make_request(lora_request(folders, "lora_boundary", 2), prompt=20)
-        base = make_request(None, prompt=20)
-        assert [hook(scheduler, request, 0, 20) for request in (first, second, base)] == [20, 19, 20]
-        scheduler.current_step = 2
-        assert [hook(scheduler, request, 0, 20) for request in (second, first)] == [20, 0]
-
-
-class TestBlockHashes:
-    """Digest section 3c, items 3 to 5: what must share a key and what must not."""
-
-    def hashes(self, lora: Any, prompt: int, total: int | None = None) -> list[bytes]:
-        return make_request(lora, prompt, total).block_hashes
-
-    def test_base_requests_keep_vllms_keys(self) -> None:
-        from vllm.v1.core import kv_cache_utils
-
-        stock = kv_cache_utils.generate_block_hash_extra_keys._innerworks_original
-        request = make_request(None, 20)
-        assert kv_cache_utils.generate_block_hash_extra_keys(request, 0, 8, 0) == stock(request, 0, 8, 0)
-
-    def test_a_prompt_shorter_than_a_block_is_no_base_block(self, folders: dict[str, Path]) -> None:
-        adapted = self.hashes(lora_request(folders, "lora_p_0"), 5, 16)
-        other = self.hashes(lora_request(folders, "lora_p_1", 2), 5, 16)
-        base = self.hashes(None, 16)
-        assert len({adapted[0], other[0], base[0]}) == 3
-
-    def test_where_the_boundary_lies_in_a_block_matters(self, folders: dict[str, Path]) -> None:
-        lora = lora_request(folders, "lora_p_0")
-        variants = [self.hashes(lora, n, 16) for n in range(9, 17)]
-        assert len({hashes[0] for hashes in variants}) == 1  # block 0 is adapted in all
-        assert len({hashes[1] for hashes in variants}) == len(variants)
-
-    def test_generated_blocks_are_not_prompt_blocks_of_the_next_turn(self, folders: dict[str, Path]) -> None:
-        lora = lora_request(folders, "lora_p_0")
-        first, second = self.hashes(lora, 16, 32), self.hashes(lora, 32)
-        assert first[:2] == second[:2]
-        assert not set(first[2:]) & set(second[2:])
-
-    def test_repeats_share_and_the_time_of_hashing_does_not_matter(self, folders: dict[str, Path]) -> None:
-        lora = lora_request(folders, "lora_p_0")
-        late = make_request(lora, 12)
-        late.num_computed_tokens = 12  # the adapter is dropped before the block fills
-        for token in range(12, 16):
-            late.append_output_token_ids(token)
-        assert late.block_hashes == self.hashes(lora, 12, 16)
-
-    def test_a_decode_adapter_shares_the_prompt_with_the_base_model(self, folders: dict[str, Path]) -> None:
-        adapted, base = self.hashes(lora_request(folders, "lora_decode"), 16, 32), self.hashes(None, 32)
-        assert adapted[:2] == base[:2]
-        assert not set(adapted[2:]) & set(base[2:])
-        boundary = self.hashes(lora_request(folders, "lora_boundary"), 16, 32)
-        assert boundary[0] == base[0]
-        assert boundary[1] != base[1]
-
-    def test_an_all_token_adapter_keys_every_block(self, folders: dict[str, Path]) -> None:
-        lora = lora_request(folders, "lora_all")
-        assert self.hashes(lora, 16, 32) == self.hashes(lora, 32)
-        assert not set(self.hashes(lora, 32)) & set(self.hashes(None, 32))
-
-    def test_one_name_and_path_with_other_weights_is_another_adapter(
-        self, folders: dict[str, Path], tmp_path: Path
-    ) -> None:
-        from vllm.lora.request import LoRARequest
-
-        path = tmp_path / "adapter"
-        shutil.copytree(folders["lora_p_0"], path)
-        before = self.hashes(LoRARequest("a", 77, str(path)), 16)
-        shutil.rmtree(path)
-        shutil.copytree(folders["lora_p_1"], path)
-        with pytest.raises(ValueError, match="changed after they were loaded"):
-            self.hashes(LoRARequest("a", 77, str(path)), 16)
-        after = self.hashes(LoRARequest("a", 77, str(path), load_inplace=True), 16)
-        assert not set(before) & set(after)
-        assert after == self.hashes(LoRARequest("a", 77, str(path)), 16)
-
-    def test_an_id_has_one_path_until_it_is_removed(self, folders: dict[str, Path]) -> None:
-        """Else the requests under way would be computed anew with other weights, under the keys of the old ones."""
-        from vllm.lora.request import LoRARequest
-
-        self.hashes(LoRARequest("a", 78, str(folders["lora_p_0"])), 16)
-        other = LoRARequest("a", 78, str(folders["lora_p_1"]), load_inplace=True)
-        load = scheduling.refreshing(lambda engine, lora_request: pytest.fail("loaded"))
-        for refuses in (
-            adapter_registry.resolve,
-            adapter_registry.check_reload,
-            lambda lora: load(None, lora),
-        ):
-            with pytest.raises(
-                ValueError, match="id 78 is the adapter in .*lora_p_0: load .*lora_p_1 under another id"
-            ):
-                refuses(other)
-        adapter_registry.forget(78)
         assert adapter_registry.resolve(other).digest == content_digest(folders["lora_p_1"])
 
 
