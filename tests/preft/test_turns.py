@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,19 @@ from preft.vllm.requests import adapter_request
 from preft.vllm.sticky import KEY, generated_positions
 from shared.history import History
 from shared.models import Model, load
-from shared.tokens import encode_chat
+from shared.tokens import Message, encode_chat
 
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
 CHAT = [
-    {"role": "user", "content": "Where is Boston?"},
-    {"role": "assistant", "content": "In Massachusetts."},
-    {"role": "user", "content": "And Austin?"},
+    Message(role="user", content="Where is Boston?"),
+    Message(role="assistant", content="In Massachusetts."),
+    Message(role="user", content="And Austin?"),
 ]
+
+
+@cache
+def tokenizer() -> Any:
+    return load("tinyworld").tokenizer
 
 
 class Renderer:
@@ -29,7 +35,7 @@ class Renderer:
 
     def __init__(self, shift: int = 0) -> None:
         self.shift = shift
-        self.renderer = SimpleNamespace(tokenizer=load("tinyworld").tokenizer)
+        self.renderer = SimpleNamespace(tokenizer=tokenizer())
 
     async def render_chat(self, request: Any) -> Any:
         encoded = encode_chat(self.renderer.tokenizer, request.messages, add_generation_prompt=True)
@@ -61,10 +67,9 @@ def chat(
 
 
 def test_earlier_answers_are_found(catalog: Any) -> None:
-    renderer = Renderer()
-    expected = generated_positions(renderer.renderer.tokenizer, CHAT)  # type: ignore[arg-type]
+    expected = generated_positions(tokenizer(), CHAT)
     assert len(expected) == 2
-    assert chat(catalog, renderer, "sticky")[1] == {KEY: expected}
+    assert chat(catalog, Renderer(), "sticky")[1] == {KEY: expected}
     assert chat(catalog, Renderer(), "sticky", xargs={"other": 1})[1] == {"other": 1, KEY: expected}
 
 
