@@ -132,7 +132,8 @@ def _sizes(adapted: Any) -> dict[str, Sizes]:
         outputs = _outputs(linear)
         parts = adapted.packed_modules.get(name)
         each = zip(parts, outputs, strict=True) if parts else [(name, sum(outputs))]
-        sizes |= {part: Sizes(linear.input_size, size) for part, size in each}
+        inputs = getattr(linear, "adapter_inputs", linear.input_size)
+        sizes |= {part: Sizes(inputs, size) for part, size in each}
     return sizes
 
 

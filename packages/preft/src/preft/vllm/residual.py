@@ -55,6 +55,7 @@ def site_class() -> type:
         def __init__(self, width: int, dtype: torch.dtype, device: torch.device, prefix: str) -> None:
             # Not ReplicatedLinear's own constructor, which would allocate a weight of width x width.
             LinearBase.__init__(self, width + PADDING, width, params_dtype=dtype, prefix=prefix)
+            self.adapter_inputs = width + 1  # of an adapter's A: zeros need no weights
             # Empty, but it tells the manager the device.
             self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
             self.register_parameter("bias", None)
