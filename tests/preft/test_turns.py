@@ -46,7 +46,7 @@ class Renderer:
 
 
 @pytest.fixture(scope="module")
-def catalog(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def models(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Two adapters, `sticky` and `recompute`."""
     root = tmp_path_factory.mktemp("turns")
     adapters = {
@@ -54,23 +54,23 @@ def catalog(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Any:
     }
     saved = {name: save_adapter(adapter, root / name) for name, adapter in adapters.items()}
     requests = {name: adapter_request(name, saved) for name in saved}
-    return SimpleNamespace(models=SimpleNamespace(lora_requests=requests))
+    return SimpleNamespace(lora_requests=requests)
 
 
 def chat(
-    catalog: Any, renderer: Renderer, name: str, messages: Sequence[Any] = CHAT, xargs: Any = None
+    models: Any, renderer: Renderer, name: str, messages: Sequence[Any] = CHAT, xargs: Any = None
 ) -> Any:
     """What the renderer answers, and the request's extra arguments then."""
-    find_turns(catalog, renderer)
+    find_turns(models, renderer)
     request = SimpleNamespace(model=name, messages=list(messages), vllm_xargs=xargs)
     return asyncio.run(renderer.render_chat(request)), request.vllm_xargs
 
 
-def test_earlier_answers_are_found(catalog: Any) -> None:
+def test_earlier_answers_are_found(models: Any) -> None:
     expected = generated_positions(tokenizer(), CHAT)
     assert len(expected) == 2
-    assert chat(catalog, Renderer(), "sticky")[1] == {KEY: expected}
-    assert chat(catalog, Renderer(), "sticky", xargs={"other": 1})[1] == {"other": 1, KEY: expected}
+    assert chat(models, Renderer(), "sticky")[1] == {KEY: expected}
+    assert chat(models, Renderer(), "sticky", xargs={"other": 1})[1] == {"other": 1, KEY: expected}
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,14 @@ def test_earlier_answers_are_found(catalog: Any) -> None:
         ("sticky", CHAT, {KEY: [1, 2]}),
     ],
 )
-def test_other_requests_stay_as_they_are(catalog: Any, name: str, messages: Any, xargs: Any) -> None:
-    assert chat(catalog, Renderer(), name, messages, xargs)[1] == xargs
+def test_other_requests_stay_as_they_are(models: Any, name: str, messages: Any, xargs: Any) -> None:
+    assert chat(models, Renderer(), name, messages, xargs)[1] == xargs
 
 
 @pytest.mark.parametrize(
     "messages", [[*CHAT[:1], {"role": "assistant", "content": [{"type": "text", "text": "In"}]}], CHAT]
 )
-def test_what_is_not_sure_is_refused(catalog: Any, messages: Any) -> None:
+def test_what_is_not_sure_is_refused(models: Any, messages: Any) -> None:
     renderer = Renderer(shift=1)
     if messages is not CHAT:
 
@@ -97,7 +97,7 @@ def test_what_is_not_sure_is_refused(catalog: Any, messages: Any) -> None:
             return messages, [{"prompt_token_ids": [1, 2, 3]}]
 
         renderer.render_chat = as_vllm_does  # type: ignore[method-assign]
-    answer, xargs = chat(catalog, renderer, "sticky", messages)
+    answer, xargs = chat(models, renderer, "sticky", messages)
     assert (answer.error.code, xargs) == (400, None)
     assert "vllm_xargs" in answer.error.message
 
@@ -114,10 +114,10 @@ def test_what_is_not_sure_is_refused(catalog: Any, messages: Any) -> None:
     ],
 )
 def test_the_responses_api_answers_first_turns(
-    catalog: Any, name: str, given: Any, previous: str | None, refused: bool
+    models: Any, name: str, given: Any, previous: str | None, refused: bool
 ) -> None:
     renderer = Renderer()
-    find_turns(catalog, renderer)
+    find_turns(models, renderer)
     request = SimpleNamespace(model=name, input=given, previous_response_id=previous, vllm_xargs=None)
     answer = asyncio.run(renderer.render_responses(request))
     assert answer == "rendered" if not refused else answer.error.code == 400

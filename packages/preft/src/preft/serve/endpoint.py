@@ -62,7 +62,7 @@ class AdapterEndpoint:
         state.adapter_counts.register()
         state.drain.watch(engine_client)
         guard(state.adapters, given.local_paths)
-        find_turns(state.adapters, state.online_renderer)
+        find_turns(state.openai_serving_models, state.online_renderer)
         state.openai_serving_models.resolve_lora = Sums(state.adapters).resolve
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from preft.adapters import AdapterError
-from preft.serve.catalog import Catalog
 from preft.serve.guard import error_response
 from preft.vllm.scheduling import is_sticky
 from preft.vllm.sticky import KEY, positions_of
@@ -23,13 +22,13 @@ ANSWERS = {"assistant", None}  # roles; a call or a thought has none
 ADVICE = f"give {KEY} in vllm_xargs, positions start, end, start, end, ... of earlier answers in the prompt's tokens"
 
 
-def find_turns(catalog: Catalog, renderer: Any) -> None:
-    """Let the server's renderer (vLLM's OnlineRenderer) say where earlier answers are."""
+def find_turns(models: Any, renderer: Any) -> None:
+    """Let vLLM's OnlineRenderer say where earlier answers are; `models` is the server's OpenAIServingModels."""
     chat, responses = renderer.render_chat, renderer.render_responses
     tokenizer = copy.deepcopy(renderer.renderer.tokenizer)  # one's own: vLLM uses its from other threads
 
     def unsaid(request: Any) -> bool:
-        lora = catalog.models.lora_requests.get(request.model)
+        lora = models.lora_requests.get(request.model)
         return is_sticky(lora) and KEY not in (request.vllm_xargs or {})
 
     async def render_chat(request: Any, **options: Any) -> Any:
