@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,12 @@ from preft.serve.catalog import Catalog, Refusal
 from preft.serve.check import AdapterCheck, bare_model
 from preft.serve.command import adapter_folders, engine_rank
 from preft.serve.guard import allowed_folder
+from preft.serve.routes import row
 from preft.serve.store import INDEX, Store
-from preft.vllm import metrics
+from preft.vllm import identity, metrics
 from preft.vllm.mapping import KINDS, layout, map_step
-from preft.vllm.metrics import DECODE, OTHERS, PREFILL, SchedulerCounts, WorkerCounts
+from preft.vllm.metrics import DECODE, OTHERS, PREFILL, SchedulerCounts, Slots, Snapshot, WorkerCounts
+from preft.vllm.scheduling import adapter_registry
 from shared.errors import UserError
 from shared.models import Model, ModelConfig
 from shared.tokens import Phase
@@ -257,6 +260,55 @@ def test_what_the_engine_refuses_changes_nothing(small: Catalog, folders: dict[s
         with pytest.raises(Refusal, match="there is no adapter"):
             await small.remove("x")
         assert "x" not in json.loads((small.store.folder / INDEX).read_text())["adapters"]
+
+    asyncio.run(play())
+
+
+def test_an_adapter_is_read_once_and_never_on_the_event_loop(
+    small: Catalog, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    read = identity.content_digest
+
+    def content_digest(folder: Path) -> str:
+        threads.append(threading.get_ident())
+        return read(folder)
+
+    monkeypatch.setattr(identity, "content_digest", content_digest)
+
+    async def play() -> None:
+        lora = await upload(small, "x", folders["lora_p_0"])
+        assert len(threads) == 1
+        assert threading.get_ident() not in threads
+        [(_, version)] = small.rows()
+        empty = Snapshot(WorkerCounts(), SchedulerCounts(), Slots())
+        assert row(lora, version, empty)["digest"] == read(folders["lora_p_0"])
+        assert adapter_registry.resolve(lora).phase is Phase.PREFILL
+        await small.start({"x": small.check(folders["lora_p_1"])})
+        assert adapter_registry.known(lora).digest == read(folders["lora_p_1"])
+        await small.remove("x")
+        assert len(threads) == 2
+
+    asyncio.run(play())
+
+
+def test_a_folder_that_was_not_uploaded_is_not_removed(small: Catalog, folders: dict[str, Path]) -> None:
+    """Not even one that a client named inside the store; and one that vanished can still be deleted."""
+    from vllm.lora.request import LoRARequest
+
+    async def play() -> None:
+        kept = Path((await upload(small, "x", folders["lora_p_0"])).lora_path)
+        small.models.lora_requests |= {
+            "named": LoRARequest("named", 77, str(kept)),
+            "gone": LoRARequest("gone", 78, str(kept.parent / "999999")),
+        }
+        empty = Snapshot(WorkerCounts(), SchedulerCounts(), Slots())
+        assert [row(*both, empty)["phase"] for both in small.rows()] == ["prefill", None, None]
+        for name in ("named", "gone"):
+            await small.remove(name)
+        await asyncio.sleep(0.2)
+        assert not small.retiring
+        assert kept.is_dir()
 
     asyncio.run(play())
 

@@ -6,9 +6,9 @@ The store it starts with holds an upload of an earlier server. Greedy tokens mus
 import json
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from preft_cases import CONFIGS, Case, Checker, prompt, stir
 from safetensors.torch import load_file, save_file
+from server_process import KEY as API_KEY
 from server_process import Server
 
 from preft.adapters import Adapter, AdapterConfig
@@ -26,8 +27,9 @@ from preft.reference import greedy_reference
 from preft.serve.store import Store
 from preft.vllm.sticky import KEY, generated_positions
 from shared.history import History
+from shared.interventions import Add, Intervention, save_interventions
 from shared.models import Model
-from shared.tokens import Message
+from shared.tokens import Message, Phase
 
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
 GIVEN = ["lora_p_0", "reft_p_0", "lora_all"]
@@ -158,6 +160,10 @@ BAD = {
     ),
     "rank too high": (spoil_config(lambda config: config.update(r=10**9)), "--max-lora-rank"),
     "no rank": (spoil_config(lambda config: config.pop("r")), "'r' is missing"),
+    "expression": (
+        spoil_config(lambda config: config.update(rank_pattern={"(a+)+b": 2})),
+        "names its modules",
+    ),
     "not safetensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"pickle" * 99), "is damaged"),
     "not JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be used"),
 }
@@ -315,11 +321,75 @@ def test_a_chat_under_a_sticky_adapter(server: Server, model: Model, tmp_path: P
     server.delete("sticky")
 
 
-def test_the_key_protects_everything_under_v1(server: Server) -> None:
+def test_the_openai_client_is_served(server: Server, checker: Checker) -> None:
+    from openai import NotFoundError, OpenAI
+
+    url = f"{server.client.base_url}v1"
+    with (
+        httpx.Client(trust_env=False) as http,
+        OpenAI(base_url=url, api_key=API_KEY, http_client=http) as client,
+    ):
+        assert {"base", "lora_p_0"} <= {model.id for model in client.models.list()}
+        case = Case("lora_p_0", prompt(40, 3))
+        answer = client.completions.create(
+            model="lora_p_0",
+            prompt=list(case.prompt),
+            max_tokens=8,
+            temperature=0,
+            extra_body={"return_token_ids": True},
+        )
+        assert answer.choices[0].model_dump()["token_ids"] == checker.reference(case, 8)
+        with pytest.raises(NotFoundError, match="nobody"):
+            client.completions.create(model="nobody", prompt="x")
+
+
+def test_a_sum_of_adapters_is_served_by_its_name(
+    server: Server, checker: Checker, adapters: dict[str, Adapter], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    both = compose([(adapters["lora_p_0"], 0.5), (adapters["lora_p_3"], 1.0)])
+    case = Case(None, prompt(44, 15))
+    expected = greedy_reference(checker.model.hf, both, list(case.prompt), 8).tokens
+    assert server.tokens("lora_p_0:0.5+kept", case.prompt, 8) == expected
+    folder = both.save(tmp_path / "both", fingerprint=checker.model.fingerprint)
+    assert server.put("both", folder).status_code == 201
+    assert server.tokens("both", case.prompt, 8) == expected
+
+
+def test_interventions_and_two_part_compositions_are_served(
+    server: Server, checker: Checker, adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    parted = compose([(adapters["lora_p_0"], 1.0), (adapters["lora_decode"], 1.0)])
+    folder = parted.save(tmp_path / "parted", fingerprint=checker.model.fingerprint)
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.*") if path.is_file()}
+    assert len(files) == 5
+    assert upload(server, "parted", files).status_code == 201
+    case = Case(None, prompt(45, 16))
+    expected = greedy_reference(checker.model.hf, parted, list(case.prompt), 12).tokens
+    assert server.tokens("parted", case.prompt, 12) == expected
+    edits: list[Intervention] = [Add("blocks.1.output", torch.ones(128), phase=Phase.PREFILL)]
+    calm = save_interventions(tmp_path / "calm", edits, checker.model)
+    assert upload(server, "calm", {path.name: path for path in calm.iterdir()}).status_code == 201
+    row = server.get("/v1/adapters/calm")
+    assert (row["phase"], row["rank"]) == ("prefill", 1)
+    assert server.tokens("calm", case.prompt, 12) != server.tokens("base", case.prompt, 12)
+    for name in ("calm", "parted"):
+        assert server.delete(name).status_code == 200
+
+
+def upload(server: Server, name: str, files: dict[str, Path]) -> httpx.Response:
+    parts = [("files", (file, path.read_bytes())) for file, path in files.items()]
+    return server.client.post("/v1/adapters", data={"name": name}, files=parts)
+
+
+def test_the_key_protects_everything_but_the_probes(server: Server) -> None:
     with httpx.Client(base_url=server.client.base_url, trust_env=False) as stranger:
         assert stranger.get("/v1/adapters").status_code == 401
         assert stranger.delete("/v1/adapters/kept").status_code == 401
         assert stranger.post("/v1/completions", json={}).status_code == 401
+        assert stranger.post("/adapters", json={"name": "up", "src": "/"}).status_code == 401
+        assert stranger.delete("/adapters/kept").status_code == 401
+        assert stranger.post("/invocations", json={"model": "base", "prompt": "x"}).status_code == 401
+        assert stranger.post("/tokenize", json={"prompt": "x"}).status_code == 401
         assert stranger.get("/health").status_code == 200
         assert "preft_slots 2.0" in stranger.get("/metrics").text
     assert "kept" in names(server)
@@ -330,26 +400,23 @@ def test_sigterm_lets_running_requests_finish(server: Server, checker: Checker) 
     stream = server.stream("lora_p_0", case.prompt, LONG)
     tokens = [*next(stream)]
     server.process.send_signal(signal.SIGTERM)
-    refused = threading.Thread(target=until_refused, args=(server,))
-    refused.start()
-    for part in stream:
-        tokens += part
-    refused.join()
+    with ThreadPoolExecutor() as pool:
+        refusal = pool.submit(until_refused, server)
+        for part in stream:
+            tokens += part
+    assert refusal.result().headers["Retry-After"]
     assert tokens == checker.reference(case, LONG)
     assert server.process.wait(timeout=60) == 0
 
 
-def until_refused(server: Server) -> None:
-    """Ask until the server refuses: with status 503 at first, then by not listening."""
+def until_refused(server: Server) -> httpx.Response:
+    """Ask until the server refuses, with status 503: as long as a request runs it must listen."""
     while True:
-        try:
-            with httpx.Client(
-                base_url=server.client.base_url, headers=server.client.headers, trust_env=False
-            ) as new:
-                status = new.get("/v1/models").status_code
-        except httpx.TransportError:
-            return
-        if status == 503:
-            return
-        assert status == 200
+        with httpx.Client(
+            base_url=server.client.base_url, headers=server.client.headers, trust_env=False
+        ) as new:
+            response = new.get("/v1/models")
+        if response.status_code == 503:
+            return response
+        assert response.status_code == 200
         time.sleep(0.02)

@@ -47,7 +47,7 @@ def read_interventions(folder: Path | str) -> Source:
             if KINDS[Phase(intervention.phase)][kind]:
                 update = by_kind[kind]
                 update[block] = chained(update[block], factors) if block in update else factors
-    _check_ranks(by_kind)
+        _check_ranks(by_kind)  # each time: what is refused must not grow first
     return Source(tuple(by_kind), None, saved.model["name"], saved.model["fingerprint"], shape)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 from preft.adapters import AdapterError
 from preft.serve.check import AdapterCheck, Checked
 from preft.serve.store import Store
+from preft.vllm.identity import AdapterIdentity, read_identity
 from preft.vllm.mapping import Kind
 from preft.vllm.scheduling import adapter_registry
 
@@ -81,35 +82,32 @@ class Catalog:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, given: dict[str, Checked]) -> None:
-        """Take in the adapters that vLLM loaded at its start; `given` has their ranks."""
+        """Take in the adapters that vLLM loaded at its start, as they were checked."""
         for name, checked in given.items():
-            stored = self.store.current.get(name)
-            number, created = (stored.version, stored.created) if stored else (1, None)
-            self._versions[name] = Version(
-                number, checked.rank, created, stored is not None, stored is not None
-            )
-            self._needed[self.models.lora_requests[name].lora_path] += stored is not None
+            request, stored = self.models.lora_requests[name], self.store.current.get(name)
+            adapter_registry.learn(request, checked.identity)
+            if stored is not None and str(stored.folder) == request.lora_path:
+                self._versions[name] = Version(stored.version, checked.rank, stored.created, True, owned=True)
+                self._needed[request.lora_path] += 1
+            else:
+                self._versions[name] = Version(1, checked.rank, None, False)
 
     async def put(self, name: str, staged: Path, replace: bool) -> None:
         """Register staged files under a name; Refusal with the reason, and nothing is changed then."""
-        try:
-            self.check_name(name)
-            checked = await asyncio.to_thread(self.check, staged)
-            async with self.models.lora_resolver_lock[name]:
-                await self._register(name, staged, checked, replace)
-        finally:
-            if staged.exists():
-                self.store.discard(staged)
-
-    async def _register(self, name: str, staged: Path, checked: Checked, replace: bool) -> None:
-        if name in self.models.lora_requests and not replace:
-            raise Refusal(f"there is an adapter {name!r} already; PUT replaces it", HTTPStatus.CONFLICT)
         folder = self.store.number(staged)
         try:
-            new = await self.load(name, folder)
-        except Refusal:
+            self.check_name(name)
+            checked = await asyncio.to_thread(self.check, folder, uploaded=True)
+            async with self.models.lora_resolver_lock[name]:
+                await self._register(name, folder, checked, replace)
+        except BaseException:
             self.store.discard(folder)
             raise
+
+    async def _register(self, name: str, folder: Path, checked: Checked, replace: bool) -> None:
+        if name in self.models.lora_requests and not replace:
+            raise Refusal(f"there is an adapter {name!r} already; PUT replaces it", HTTPStatus.CONFLICT)
+        new = await self.load(name, folder, checked.identity)
         stored = self.store.set_current(name, folder, self._next_number(name))
         self.enter(new, Version(stored.version, checked.rank, stored.created, True, owned=True))
 
@@ -120,11 +118,14 @@ class Catalog:
                 raise Refusal(
                     f"there is an adapter {name!r} already; load_inplace replaces it", HTTPStatus.CONFLICT
                 )
-            new = await self.load(name, folder)
+            new = await self.load(name, folder, checked.identity)
             self.enter(new, Version(self._next_number(name), checked.rank, None, False))
 
-    async def load(self, name: str, folder: Path) -> Any:
-        """Load a folder into the engine under an id of its own; returns vLLM's LoRARequest, or Refusal."""
+    async def load(self, name: str, folder: Path, identity: AdapterIdentity | None = None) -> Any:
+        """Load a folder into the engine under an id of its own; returns vLLM's LoRARequest, or Refusal.
+
+        Its identity is known from then on, so that no request reads files on the event loop.
+        """
         from vllm.lora.request import LoRARequest
 
         new = LoRARequest(name, self.models.lora_id_counter.inc(1), str(folder))
@@ -133,6 +134,7 @@ class Catalog:
         except Exception as error:
             # Whatever the engine objects to is a verdict on the adapter; a dead engine is told by /health.
             raise Refusal(f"the engine refused it: {str(error).removeprefix(FAILED_CALL)}") from error
+        adapter_registry.learn(new, identity or await asyncio.to_thread(read_identity, folder))
         return new
 
     def _next_number(self, name: str) -> int:
@@ -189,7 +191,9 @@ class Catalog:
 
     def _retire(self, old: Any, owned: bool) -> None:
         self.retiring[old.lora_int_id] = old.lora_name
-        task = asyncio.create_task(self._unload(old, adapter_registry.known(old).acts[Kind.GENERATED], owned))
+        identity = adapter_registry.current(old)
+        decodes = identity is None or identity.acts[Kind.GENERATED]
+        task = asyncio.create_task(self._unload(old, decodes, owned))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -6,7 +6,9 @@ so those win over the defaults here.
 
 import argparse
 import os
+import re
 import socket
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,12 +18,14 @@ from pathlib import Path
 
 from preft.adapters import AdapterError
 from preft.materialise import CACHE_VARIABLE
+from preft.parts import read_source
 from preft.serve.catalog import NAME
-from preft.serve.check import AdapterCheck, Checked, bare_model, fingerprint_of
+from preft.serve.check import AdapterCheck, Checked, bare_model, fingerprint_of, highest_rank
 from preft.serve.endpoint import ARGUMENT, GROUP, ServeSettings
 from preft.serve.endpoint import NAME as PLUGIN
 from preft.serve.store import Store
-from preft.vllm.identity import CONFIG_FILE
+from preft.vllm.identity import CONFIG_FILE, holds_interventions
+from preft.vllm.requests import folders_in, holds_adapter
 from shared.errors import UserError
 from shared.generation.vllm_arguments import (
     CPU_KV_CACHE_BYTES,
@@ -34,6 +38,7 @@ from shared.models import ModelConfig
 API_KEY = "PREFT_API_KEY"
 SMALLEST_RANK = 16  # of the engine's buffers where no adapter asks for more, so that uploads have room
 DEFAULT_STORE = "runs/served-adapters"
+UNSAFE = "lora_filesystem_resolver"  # vLLM's: joins the name that a client gives to its folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help="adapters to serve from the start; FOLDER alone serves every adapter in it under its folder's name",
     )
-    add("--store", default=DEFAULT_STORE, help="folder that keeps uploads (default: %(default)s)")
+    add("--store", help=f"folder that keeps uploads (default: {DEFAULT_STORE}/MODEL)")
     add("--allow-local-paths", metavar="FOLDER", help="let clients name adapter folders below FOLDER")
     add("--max-upload-mb", type=float, default=1024, help="largest upload in MiB (default: %(default)s)")
     add("--max-lora-rank", type=int, help=f"highest rank (default: of --adapters, at least {SMALLEST_RANK})")
@@ -59,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-loras", type=int, default=8, help="adapter slots, held while prompts are computed (default: 8)"
     )
     add("--max-cpu-loras", type=int, help="adapters kept in memory (default: at least 64)")
-    add("--api-key", help=f"key that requests under /v1 must bring (or the variable {API_KEY})")
+    add("--api-key", help=f"key that requests must bring (or the variable {API_KEY})")
     add("--drain-seconds", type=int, default=30, help="time for running requests at SIGTERM (default: 30)")
     add(
         "--fingerprint", default="auto", help="the base model's: auto, skip, or 16 hex digits (default: auto)"
@@ -76,7 +81,10 @@ def main(arguments: Namespace) -> int:
     _check_port(arguments.host, arguments.port)
     if api_key := arguments.api_key or os.environ.get(API_KEY):
         os.environ["VLLM_API_KEY"] = api_key  # not among vLLM's arguments, which it logs
-    with Store(Path(arguments.store)) as store, tempfile.TemporaryDirectory(prefix="innerworks-") as scratch:
+    with (
+        Store(store_folder(arguments)) as store,
+        tempfile.TemporaryDirectory(prefix="innerworks-") as scratch,
+    ):
         os.environ.setdefault(CACHE_VARIABLE, str(store.sums))
         config = ModelConfig(
             arguments.model,
@@ -86,15 +94,16 @@ def main(arguments: Namespace) -> int:
             trust_remote_code="--trust-remote-code" in arguments.passed_on,
         )
         folder = model_folder(config, Path(scratch))
-        folders = given | {name: stored.folder for name, stored in store.current.items()}
-        rank = engine_rank(arguments.max_lora_rank, folders)
+        rank = engine_rank(arguments.max_lora_rank, given)
         config = replace(config, name=folder)
         hf = bare_model(config)
         check = AdapterCheck(hf, _fingerprint(arguments.fingerprint, config, hf), rank)
+        kept = check_stored(check, store)
+        folders = given | {name: store.current[name].folder for name in kept}
         settings = ServeSettings(
             check,
             store,
-            check_all(check, folders),
+            check_all(check, {name: path for name, path in given.items() if name not in kept}) | kept,
             Path(arguments.allow_local_paths).resolve() if arguments.allow_local_paths else None,
             int(arguments.max_upload_mb * 2**20),
         )
@@ -114,15 +123,15 @@ def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
     for name, folder in folders.items():
         if not NAME.fullmatch(name):
             raise UserError(f"{name!r} is no name for an adapter: letters, digits, '.', '_' and '-'")
-        if not (folder / CONFIG_FILE).is_file():
+        if not holds_adapter(folder):
             raise UserError(f"--adapters {name}={folder}: no {CONFIG_FILE} there; give an adapter's folder")
     return folders
 
 
 def _adapters_in(root: Path) -> dict[str, Path]:
-    if (root / CONFIG_FILE).is_file():
+    if holds_adapter(root):
         return {root.name: root}
-    found = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{CONFIG_FILE}"))}
+    found = folders_in(root) if root.is_dir() else {}
     if not found:
         raise UserError(f"--adapters {root}: neither an adapter nor a folder of adapters")
     return found
@@ -130,10 +139,33 @@ def _adapters_in(root: Path) -> dict[str, Path]:
 
 def engine_rank(asked: int | None, folders: dict[str, Path]) -> int:
     """The smallest rank vLLM has buffers for that holds what was asked, or else all adapters and `SMALLEST_RANK`."""
-    wanted = asked or max([SMALLEST_RANK, *(adapter_rank(name, path) for name, path in folders.items())])
+    wanted = asked or max([SMALLEST_RANK, *(_rank(name, path) for name, path in folders.items())])
     if wanted > LORA_RANKS[-1]:
         raise UserError(f"rank {wanted} is above {LORA_RANKS[-1]}, the highest that vLLM serves")
     return next(size for size in LORA_RANKS if size >= wanted)
+
+
+def _rank(name: str, folder: Path) -> int:
+    if holds_interventions(folder):
+        return highest_rank(read_source(folder))
+    parts = [path.parent for path in folder.glob(f"part-*/{CONFIG_FILE}")]
+    return max(adapter_rank(name, path) for path in [folder, *parts])
+
+
+def store_folder(arguments: Namespace) -> Path:
+    """The folder of the uploads: what was asked for, or one for each model."""
+    return Path(arguments.store or f"{DEFAULT_STORE}/{re.sub(r'[^A-Za-z0-9._-]+', '-', arguments.model)}")
+
+
+def check_stored(check: AdapterCheck, store: Store) -> dict[str, Checked]:
+    """The uploads that can be served. Others are named and stay in the store: they may fit with other options."""
+    checked = {}
+    for name, stored in store.current.items():
+        try:
+            checked[name] = check(stored.folder)
+        except AdapterError as error:
+            print(f"preft: the upload {name!r} in {stored.folder} is not served: {error}", file=sys.stderr)
+    return checked
 
 
 def check_all(check: AdapterCheck, folders: dict[str, Path]) -> dict[str, Checked]:
@@ -212,7 +244,7 @@ def _allow_plugins() -> None:
         if group.startswith("vllm.")
         for entry in entry_points(group=group)
     }
-    os.environ.setdefault("VLLM_PLUGINS", ",".join(sorted(others | {PLUGIN})))
+    os.environ.setdefault("VLLM_PLUGINS", ",".join(sorted((others | {PLUGIN}) - {UNSAFE})))
 
 
 def _serve(options: list[str], settings: ServeSettings) -> int:

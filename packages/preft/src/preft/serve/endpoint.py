@@ -1,4 +1,4 @@
-"""What vLLM's OpenAI server takes in (entry point `vllm.endpoint_plugins`): routes, metrics, refusal while it drains.
+"""What vLLM's OpenAI server takes in (entry point `vllm.endpoint_plugins`): routes, metrics, the gate.
 
 vLLM asks for it while it builds its server, in the front process: once for the routes, once with the engine. It acts
 only in a server that `preft serve` started, which leaves its settings in the arguments (`ServeSettings`).
@@ -36,14 +36,16 @@ class AdapterEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        """Add /v1/adapters, and the refusal of new requests once the server drains."""
+        """Add /v1/adapters, and the gate before every route."""
         if not hasattr(app.state.args, ARGUMENT):
             return
-        from preft.serve.drain import Drain, DrainMiddleware
+        from vllm import envs
+
+        from preft.serve.gate import Drain, Gate
         from preft.serve.routes import make_router
 
         app.state.drain = Drain()
-        app.add_middleware(DrainMiddleware, drain=app.state.drain)
+        app.add_middleware(Gate, drain=app.state.drain, key=envs.VLLM_API_KEY)
         app.include_router(make_router())
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

@@ -6,17 +6,20 @@ not by version, and at most `MAX_NAMED` of them (what comes later is counted tog
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from preft.serve.catalog import Catalog
-from preft.serve.drain import Drain
+from preft.serve.gate import Drain
 from preft.vllm.metrics import LOAD_BUCKETS, METHOD, SchedulerCounts, Slots, Snapshot, WorkerCounts
 
 KEPT = 0.5  # seconds
-PATIENCE = 10.0  # seconds
+PATIENCE = 3.0  # seconds for the engine's answer: less than Prometheus waits for the page
+
+log = logging.getLogger(__name__)
 
 
 class EngineCollector:
@@ -34,10 +37,15 @@ class EngineCollector:
         REGISTRY.register(self)
 
     async def fresh(self) -> Snapshot:
-        """The counts, at most `KEPT` seconds old; the last ones once the engine no longer answers."""
+        """The counts, at most `KEPT` seconds old; the last ones where the engine does not answer within `PATIENCE`."""
         engine = self.catalog.engine
         if time.monotonic() - self._read_at > KEPT and not (self.drain.begun or engine.errored):
-            self._known = Snapshot.read(await engine.engine_core.call_utility_async(METHOD))
+            try:
+                answer = engine.engine_core.call_utility_async(METHOD)
+                self._known = Snapshot.read(await asyncio.wait_for(answer, PATIENCE))
+            except Exception as error:
+                # Of a busy or a dying engine only the counts are missing, not the page on which vLLM's own stand.
+                log.warning("the engine's counts are old, it did not give new ones: %r", error)
             self._read_at = time.monotonic()
         return self._known
 
@@ -50,7 +58,11 @@ class EngineCollector:
         wait for itself and shows what is known."""
         counts = self._known
         if threading.get_ident() != self._thread:
-            counts = asyncio.run_coroutine_threadsafe(self.fresh(), self._loop).result(PATIENCE)
+            asked = asyncio.run_coroutine_threadsafe(self.fresh(), self._loop)
+            try:
+                counts = asked.result(PATIENCE + KEPT)
+            except TimeoutError:  # the event loop itself is busy
+                asked.cancel()
         yield from _tokens(counts)
         yield from _slots(counts, self.catalog)
         yield from _loads(counts.worker)
@@ -109,7 +121,7 @@ def _loads(worker: WorkerCounts) -> Iterator[Any]:
         cumulated.append(total)
     yield Histogram(
         "preft_adapter_load_seconds",
-        "Adapters read from disk, and how long each took",
+        "Adapters read into memory, and how long each took",
         buckets=list(zip(bounds, cumulated)),
         sum_value=worker.load_seconds,
     )

@@ -2,7 +2,7 @@
 
 GET    /v1/adapters          all of them, and what each is doing
 GET    /v1/adapters/NAME     one
-POST   /v1/adapters          a new one: multipart, field `name` and the two files as fields `files`; or, where the
+POST   /v1/adapters          a new one: multipart, field `name` and the files as fields `files`; or, where the
                              operator allows local paths, JSON {"name": ..., "path": folder on the server}
 PUT    /v1/adapters/NAME     a new one, or a new version under a name that exists; body as for POST, without name
 DELETE /v1/adapters/NAME     serve it no longer
@@ -96,16 +96,16 @@ async def rows(request: Any, name: str | None = None) -> list[dict[str, Any]]:
 
 def row(lora: Any, version: Version, counts: Snapshot) -> dict[str, Any]:
     """What an adapter is and where it is, as a JSON object."""
-    identity, number = adapter_registry.known(lora), lora.lora_int_id
+    identity, number = adapter_registry.current(lora), lora.lora_int_id
     weights = adapter_registry.part_ids(number)
     in_memory = "memory" if weights <= set(counts.slots.in_memory) else "disk"
     return {
         "id": lora.lora_name,
         "object": "adapter",
-        "phase": identity.phase.value,
-        "method": identity.method,
+        "phase": identity and identity.phase.value,
+        "method": identity and identity.method,
         "rank": version.rank,
-        "digest": identity.digest,
+        "digest": identity and identity.digest,
         "version": version.number,
         "created": version.created,
         "stored": version.stored,

@@ -265,7 +265,11 @@ class AdapterRegistry:
 
     def refresh(self, lora_request: Any) -> AdapterIdentity:
         """Read the folder, or the path of an adapter in memory, again."""
-        identity = self._known[_key(lora_request)] = _read(lora_request)
+        return self.learn(lora_request, _read(lora_request))
+
+    def learn(self, lora_request: Any, identity: AdapterIdentity) -> AdapterIdentity:
+        """Take an identity that was read elsewhere, in a thread for example."""
+        self._known[_key(lora_request)] = identity
         self._ids.pop(_key(lora_request), None)
         self._removed.pop(_key(lora_request), None)
         return identity

@@ -90,7 +90,7 @@ class WorkerCounts:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Time one adapter's way from its files into memory; a failed one is not counted."""
+        """Time one adapter's way into memory, from files or from pushed tensors; a failed one is not counted."""
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start

@@ -91,8 +91,9 @@ def adapter_request(name: str, folders: Mapping[str, str | Path]) -> "LoRAReques
 
 def folders_in(root: Path) -> dict[str, Path]:
     """The adapters and interventions that lie directly in a folder, by the name of theirs."""
-    return {
-        path.name: path
-        for path in sorted(root.iterdir())
-        if path.is_dir() and ((path / CONFIG_FILE).is_file() or holds_interventions(path))
-    }
+    return {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and holds_adapter(path)}
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter or interventions, by its files."""
+    return (folder / CONFIG_FILE).is_file() or holds_interventions(folder)
