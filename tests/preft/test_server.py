@@ -366,7 +366,7 @@ def test_interventions_and_two_part_compositions_are_served(
     case = Case(None, prompt(45, 16))
     expected = greedy_reference(checker.model.hf, parted, list(case.prompt), 12).tokens
     assert server.tokens("parted", case.prompt, 12) == expected
-    edits: list[Intervention] = [Add("blocks.1.output", torch.ones(128), phase=Phase.PREFILL)]
+    edits: list[Intervention] = [Add("blocks.1.output", 3 * torch.arange(128).sin(), phase=Phase.PREFILL)]
     calm = save_interventions(tmp_path / "calm", edits, checker.model)
     assert upload(server, "calm", {path.name: path for path in calm.iterdir()}).status_code == 201
     row = server.get("/v1/adapters/calm")
