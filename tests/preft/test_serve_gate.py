@@ -59,11 +59,14 @@ def test_a_socket_asks_for_the_key() -> None:
     sent: list[Any] = []
 
     async def play() -> None:
+        async def receive() -> Any:
+            raise AssertionError("what it says is not read")
+
         async def send(message: Any) -> None:
             sent.append(message)
 
         scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "extensions": {}}
-        await Gate(passes, Drain(), "right")(scope, send, send)
+        await Gate(passes, Drain(), "right")(scope, receive, send)
 
     asyncio.run(play())
     assert sent[0]["status"] == 401

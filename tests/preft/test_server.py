@@ -135,7 +135,7 @@ def spoil_config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], N
     return spoil
 
 
-def spoil_tensors(change: Callable[[dict[str, torch.Tensor], str], None]) -> Callable[[Path], None]:
+def spoil_tensors(change: Callable[[dict[str, torch.Tensor], str], object]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
         change(tensors, next(name for name in tensors if "q_proj" in name and name.endswith("_A.weight")))
@@ -321,14 +321,13 @@ def test_a_chat_under_a_sticky_adapter(server: Server, model: Model, tmp_path: P
     server.delete("sticky")
 
 
-def test_the_openai_client_is_served(server: Server, checker: Checker) -> None:
+def test_the_openai_client_is_served(
+    server: Server, checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from openai import NotFoundError, OpenAI
 
-    url = f"{server.client.base_url}v1"
-    with (
-        httpx.Client(trust_env=False) as http,
-        OpenAI(base_url=url, api_key=API_KEY, http_client=http) as client,
-    ):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=API_KEY) as client:
         assert {"base", "lora_p_0"} <= {model.id for model in client.models.list()}
         case = Case("lora_p_0", prompt(40, 3))
         answer = client.completions.create(

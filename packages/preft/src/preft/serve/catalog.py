@@ -134,7 +134,9 @@ class Catalog:
         except Exception as error:
             # Whatever the engine objects to is a verdict on the adapter; a dead engine is told by /health.
             raise Refusal(f"the engine refused it: {str(error).removeprefix(FAILED_CALL)}") from error
-        adapter_registry.learn(new, identity or await asyncio.to_thread(read_identity, folder))
+        if identity is None:
+            identity = await asyncio.to_thread(read_identity, folder)
+        adapter_registry.learn(new, identity)
         return new
 
     def _next_number(self, name: str) -> int:
