@@ -170,7 +170,8 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_no_resolver_joins_a_name_to_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # so that what the command sets is undone
+    monkeypatch.delenv("VLLM_PLUGINS")
     command._allow_plugins()
     assert command.UNSAFE not in os.environ["VLLM_PLUGINS"].split(",")
     assert "preft" in os.environ["VLLM_PLUGINS"].split(",")
