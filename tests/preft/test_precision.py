@@ -38,6 +38,7 @@ def test_a_gpu_does_not_take_what_its_kernels_assert_against(model: torch.dtype,
         check_precision(model, lora, "cuda")
 
 
+@pytest.mark.usefixtures("plugin")
 def test_the_engine_asks_before_it_makes_room_for_adapters() -> None:
     made: list[Any] = []
 
