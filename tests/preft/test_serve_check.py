@@ -119,7 +119,7 @@ def test_a_scale_beyond_all_numbers_and_a_bottomless_file_are_refused(
     for i, alpha in enumerate([float("inf"), 1e300]):
         new = partial(dict.update, lora_alpha=alpha)
         folder = changed(folders["lora_p_0"], tmp_path / str(i), new)
-        with pytest.raises(AdapterError, match="scale"):
+        with pytest.raises(AdapterError, match="finite"):
             check(folder)
     (folder / CONFIG).write_text("[" * 100_000)
     with pytest.raises(AdapterError, match="cannot be used"):
