@@ -11,7 +11,7 @@ from preft.adapters import AdapterError
 from preft.pipeline import AdapterServingConfig, run_pipeline
 from preft.vllm import runner
 from preft.vllm.precision import check_precision
-from shared.models import ModelConfig
+from shared.models import ModelConfig, load
 from shared.runs import start_run
 
 
@@ -59,6 +59,8 @@ def test_the_engine_asks_before_it_makes_room_for_adapters() -> None:
 
 
 def test_the_pipeline_asks_before_it_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    model = load(ModelConfig("random:llama", device="cpu"))  # before: transformers remembers the first answer
+    monkeypatch.setattr(pipeline, "load", lambda _: model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def train(*_: Any) -> None:
