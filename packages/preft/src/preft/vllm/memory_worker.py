@@ -125,7 +125,7 @@ class Sizes(NamedTuple):
 
 def _sizes(adapted: Any) -> dict[str, Sizes]:
     """Every module that vLLM's manager adapts, under the name it has in adapters: fused ones one by one."""
-    sizes = {}
+    sizes: dict[str, Sizes] = {}
     for name, module in adapted.modules.items():
         if (linear := getattr(module, "base_layer", None)) is None or not hasattr(linear, "input_size"):
             continue  # embeddings and heads, which this project's adapters leave alone
