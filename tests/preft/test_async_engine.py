@@ -20,6 +20,7 @@ from shared.models import Model
 
 pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
 KINDS = [None, *CONFIGS]
+KEPT: list[Any] = []  # ZeroMQ contexts: vLLM leaves their end to the interpreter's, and a collected one warns
 
 
 class Client:
@@ -87,13 +88,15 @@ def client(model_folder: Path, folders: dict[str, Path], plugin: None) -> Iterat
         async def build() -> Any:
             return AsyncLLM.from_engine_args(arguments)
 
+        async def end(engine: Any) -> None:
+            engine.shutdown()  # within the loop: vLLM leaves the closing of its sockets to it
+
         engine = loop.run(build())
-        sockets = engine.engine_core.resources.ctx
+        KEPT.append(engine.engine_core.resources.ctx)
         try:
             yield Client(engine, loop, folders)
         finally:
-            engine.shutdown()
-            sockets.destroy(linger=0)  # vLLM leaves that to the garbage collector, which warns
+            loop.run(end(engine))
 
 
 def every_kind(length: int) -> list[Case]:
