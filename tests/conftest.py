@@ -1,6 +1,12 @@
 """What every test shares: shapes checked by beartype, one thread per worker, no network, warnings as errors."""
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,3 +18,20 @@ from jaxtyping import install_import_hook
 
 # Before any of the packages is imported: their jaxtyping annotations are executed in tests, and only there.
 install_import_hook(["shared", "preft", "circuits", "assumptions"], "beartype.beartype")
+
+sys.path.insert(0, str(Path(__file__).parent))  # for browser.py; the import mode adds nothing
+
+if TYPE_CHECKING:
+    from browser import Browser
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """A headless Chromium for pages and their scripts; tests that ask for it skip where none is installed."""
+    from browser import Browser, find_chromium
+
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("no Chromium is installed")
+    with Browser(executable) as running:
+        yield running
