@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from preft.adapter_config import AdapterConfig, AdapterError
+from preft.adapter_config import AdapterError
 from preft.adapter_files import factor_names, read_adapter, read_tensors
 from preft.adapters import ORTHONORMAL, Adapter
 from preft.formats import tensor_faults
-from shared.generation.vllm_arguments import LORA_RANKS
+from shared.errors import UserError
+from shared.generation.vllm_arguments import lora_rank
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ def check_folder(folder: Path | str, hf: nn.Module, fingerprint: str | None = No
     faults += [f"{name} holds values that are not finite" for name in _not_finite(tensors)]
     if not misfits and saved.config.method in ORTHONORMAL:
         faults += _not_orthonormal(adapter, tensors)
-    return CheckReport(faults + _unserved(saved.config), _buffer_rank(saved.config))
+    try:
+        return CheckReport(faults, lora_rank(max(saved.config.rank, *saved.config.rank_pattern.values(), 0)))
+    except UserError as error:
+        return CheckReport([*faults, str(error)], None)
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -75,17 +79,3 @@ def _not_orthonormal(adapter: Adapter, tensors: Mapping[str, Tensor]) -> list[st
                 f"{name}: the rows of R are not orthonormal (R R^T is {distance:.2g} off the identity)"
             )
     return faults
-
-
-def _largest_rank(config: AdapterConfig) -> int:
-    return max(config.rank, *config.rank_pattern.values(), 0)
-
-
-def _buffer_rank(config: AdapterConfig) -> int | None:
-    return next((size for size in LORA_RANKS if size >= _largest_rank(config)), None)
-
-
-def _unserved(config: AdapterConfig) -> list[str]:
-    if _buffer_rank(config) is not None:
-        return []
-    return [f"rank {_largest_rank(config)} is above {LORA_RANKS[-1]}, the highest that vLLM serves"]

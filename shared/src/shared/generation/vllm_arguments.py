@@ -70,14 +70,19 @@ def adapter_arguments(folders: Mapping[str, Path], on_gpu: bool) -> dict[str, An
     if not folders:
         return {}
     rank = max(adapter_rank(name, folder) for name, folder in folders.items())
-    if rank > LORA_RANKS[-1]:
-        raise UserError(f"adapter rank {rank} is above {LORA_RANKS[-1]}, the highest that vLLM serves")
     return {
         "enable_lora": True,
-        "max_lora_rank": next(size for size in LORA_RANKS if size >= rank),
+        "max_lora_rank": lora_rank(rank),
         "max_loras": min(len(folders), GPU_ADAPTER_SLOTS) if on_gpu else len(folders) + 1,
         "max_cpu_loras": len(folders) + 1,
     }
+
+
+def lora_rank(rank: int) -> int:
+    """The smallest `max_lora_rank` of vLLM that holds a rank; UserError above the largest."""
+    if rank > LORA_RANKS[-1]:
+        raise UserError(f"rank {rank} is above {LORA_RANKS[-1]}, the highest that vLLM serves")
+    return next(size for size in LORA_RANKS if size >= rank)
 
 
 def adapter_rank(name: str, folder: Path) -> int:

@@ -85,6 +85,7 @@ def open_sampler(config: AdapterRLConfig, model: Model) -> Iterator[Sampler]:
     if config.sampler == "hf":
         yield HFSampler(model)
         return
+    from shared.generation.vllm_arguments import lora_rank
     from shared.generation.vllm_engine import VLLMGenerator
 
     # Two slots and three places: a new version is loaded while requests may still hold the old one. Whole prompts: on a
@@ -102,15 +103,6 @@ def open_sampler(config: AdapterRLConfig, model: Model) -> Iterator[Sampler]:
     served = replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
     with VLLMGenerator(served, **engine) as generator:
         yield VLLMSampler(generator)
-
-
-def lora_rank(rank: int) -> int:
-    """The smallest max_lora_rank of vLLM that holds a rank; AdapterError above the largest."""
-    from shared.generation.vllm_arguments import LORA_RANKS
-
-    if rank > LORA_RANKS[-1]:
-        raise AdapterError(f"rank {rank} is above {LORA_RANKS[-1]}, the highest that vLLM serves")
-    return next(size for size in LORA_RANKS if size >= rank)
 
 
 def train_adapter_rl(model: Model, sampler: Sampler, config: AdapterRLConfig, run: Run) -> dict[str, Any]:

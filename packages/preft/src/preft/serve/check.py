@@ -19,7 +19,7 @@ from typing import Any
 
 from preft.adapters import AdapterError
 from preft.formats import load_adapter
-from preft.parts import Shape, Source, Update, read_source
+from preft.parts import Shape, Source, Update, highest_rank, read_source
 from preft.targets import is_linear
 from preft.vllm.identity import (
     COMPOSITION,
@@ -77,9 +77,10 @@ class AdapterCheck:
                 load_adapter(folder, self.hf, self.fingerprint)
         source = read_source(folder)
         self._check_model(source.fingerprint, source.shape)
-        self._check_rank(highest_rank(source))
+        rank = highest_rank(source)
+        self._check_rank(rank)
         _check_updates(self.hf, source)
-        return Checked(read_identity(folder), highest_rank(source))
+        return Checked(read_identity(folder), rank)
 
     def _check_model(self, fingerprint: str | None, shape: Shape | None) -> None:
         """AdapterError unless this is the model that the files name, as far as they do."""
@@ -115,11 +116,6 @@ class AdapterCheck:
                 f"it has rank {rank!r}, and this server holds ranks up to {self.max_rank}; start it with a higher "
                 "--max-lora-rank"
             )
-
-
-def highest_rank(source: Source) -> int:
-    """The highest rank at any module; 1 where nothing is adapted."""
-    return max((len(factors.A) for update in source.by_kind for factors in update.values()), default=1)
 
 
 def _check_updates(hf: Any, source: Source) -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from preft.adapters import AdapterError
 from preft.materialise import CACHE_VARIABLE
-from preft.parts import read_source
+from preft.parts import highest_rank, read_source
 from preft.serve.catalog import NAME
-from preft.serve.check import AdapterCheck, Checked, bare_model, fingerprint_of, highest_rank
+from preft.serve.check import AdapterCheck, Checked, bare_model, fingerprint_of
 from preft.serve.endpoint import ARGUMENT, GROUP, ServeSettings
 from preft.serve.endpoint import NAME as PLUGIN
 from preft.serve.store import Store
@@ -29,8 +29,8 @@ from preft.vllm.requests import folders_in, holds_adapter
 from shared.errors import UserError
 from shared.generation.vllm_arguments import (
     CPU_KV_CACHE_BYTES,
-    LORA_RANKS,
     adapter_rank,
+    lora_rank,
     model_folder,
 )
 from shared.models import ModelConfig
@@ -139,10 +139,7 @@ def _adapters_in(root: Path) -> dict[str, Path]:
 
 def engine_rank(asked: int | None, folders: dict[str, Path]) -> int:
     """The smallest rank vLLM has buffers for that holds what was asked, or else all adapters and `SMALLEST_RANK`."""
-    wanted = asked or max([SMALLEST_RANK, *(_rank(name, path) for name, path in folders.items())])
-    if wanted > LORA_RANKS[-1]:
-        raise UserError(f"rank {wanted} is above {LORA_RANKS[-1]}, the highest that vLLM serves")
-    return next(size for size in LORA_RANKS if size >= wanted)
+    return lora_rank(asked or max([SMALLEST_RANK, *(_rank(name, path) for name, path in folders.items())]))
 
 
 def _rank(name: str, folder: Path) -> int:

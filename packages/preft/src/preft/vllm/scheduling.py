@@ -224,9 +224,7 @@ def refreshing(original: Callable[..., bool]) -> Callable[..., bool]:
 
     def add_lora(engine: Any, lora_request: Any) -> bool:
         added = original(engine, lora_request)
-        loaded[lora_request.lora_int_id] = (lora_request.lora_name, lora_request.lora_path)
-        if lora_request.load_inplace:
-            adapter_registry.refresh(lora_request)
+        _note_loaded(lora_request)
         return added
 
     return add_lora
@@ -237,12 +235,16 @@ def refreshing_async(original: Callable[..., Awaitable[bool]]) -> Callable[..., 
 
     async def add_lora(engine: Any, lora_request: Any) -> bool:
         added = await original(engine, lora_request)
-        loaded[lora_request.lora_int_id] = (lora_request.lora_name, lora_request.lora_path)
-        if lora_request.load_inplace:
-            adapter_registry.refresh(lora_request)
+        _note_loaded(lora_request)
         return added
 
     return add_lora
+
+
+def _note_loaded(lora_request: Any) -> None:
+    loaded[lora_request.lora_int_id] = (lora_request.lora_name, lora_request.lora_path)
+    if lora_request.load_inplace:
+        adapter_registry.refresh(lora_request)
 
 
 def forgetting(original: Callable[..., Any]) -> Callable[..., Any]:
