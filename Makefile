@@ -18,13 +18,14 @@ model = $(if $(MODEL),$(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),m
 package_adapter_serving := preft
 package_adapter_quality := quality
 package_adapter_rl := rl
+package_adapter_parity := parity
 package_circuit_tracing := circuits
 package_assumption_probing := assumptions
 experiment = $(if $(EXPERIMENT),experiment=$(package_$(1))/$(EXPERIMENT))
 run = $(PY) -m shared.run pipeline=$(1) $(model) $(experiment) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo preft preft-quality preft-rl circuits assumptions sweep bench bench-preft tinyworld test check format lock clean
+.PHONY: help setup demo preft preft-quality preft-parity preft-rl circuits assumptions sweep bench bench-preft tinyworld test check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ preft: setup ## prefill-only adapters: train, serve in one vLLM batch (MODEL=, E
 
 preft-quality: setup ## loss of prefill-only adapters by rank, distance and speed, beside rivals (MODEL=, EXPERIMENT=, ARGS=)
 	@$(call run,adapter_quality)
+
+preft-parity: setup ## rewards: prefill-only against all-token adapters under one budget (MODEL=, EXPERIMENT=, ARGS=)
+	@$(call run,adapter_parity)
 
 preft-rl: setup ## one adapter from rewards: GRPO, rollouts in vLLM (MODEL=, EXPERIMENT=, ARGS=)
 	@$(call run,adapter_rl)

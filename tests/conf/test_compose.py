@@ -19,6 +19,7 @@ NAMES = {
     "preft": "adapter_serving",
     "quality": "adapter_quality",
     "rl": "adapter_rl",
+    "parity": "adapter_parity",
     "circuits": "circuit_tracing",
     "assumptions": "assumption_probing",
 }

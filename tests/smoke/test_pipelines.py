@@ -15,6 +15,7 @@ PACKAGES = {
     "adapter_serving": "preft",
     "adapter_quality": "quality",
     "adapter_rl": "rl",
+    "adapter_parity": "parity",
     "circuit_tracing": "circuits",
     "assumption_probing": "assumptions",
 }

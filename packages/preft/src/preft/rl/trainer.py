@@ -246,10 +246,15 @@ def stable_seed(*parts: int) -> int:
 
 
 class Evaluation(NamedTuple):
-    """Mean reward, and the text of every row's first sample."""
+    """The rewards of every row's samples, and the text of its first one."""
 
-    reward: float
+    rewards: list[list[float]]
     texts: list[str]
+
+    @property
+    def reward(self) -> float:
+        """Mean over all samples."""
+        return mean(reward for row in self.rewards for reward in row)
 
 
 def evaluate(
@@ -259,5 +264,5 @@ def evaluate(
     sampler.update(adapter)
     requests = [Request(row.prompt, seed=stable_seed(seed, place)) for place, row in enumerate(rows)]
     answers = sampler.generate(requests, sampling)
-    rewards = [reward(sample.text, row) for row, samples in zip(rows, answers) for sample in samples]
-    return Evaluation(mean(rewards), [samples[0].text for samples in answers])
+    rewards = [[reward(sample.text, row) for sample in samples] for row, samples in zip(rows, answers)]
+    return Evaluation(rewards, [samples[0].text for samples in answers])
