@@ -10,9 +10,9 @@ Shape letters: B batch, T token, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -38,7 +38,14 @@ class Generated:
     top_logprobs: list[list[dict[int, float]]]
 
 
-@torch.no_grad()
+class NewTokens(NamedTuple):
+    """One more token of every row, its log-probability, and the likeliest tokens (no rows where not asked for)."""
+
+    tokens_B: Int[Tensor, " B"]
+    logprobs_B: Float[Tensor, " B"]
+    likeliest: list[dict[int, float]]
+
+
 def generate(
     model: Model,
     batch: TokenBatch,
@@ -54,33 +61,50 @@ def generate(
     A row stops at a stop token (default: the model's end-of-sequence tokens; an empty list never stops). Sampling
     draws row i from its own generator seeded with `seed + i`, or with `seed[i]`, so rows do not depend on the batch.
     """
-    _check(batch, max_new_tokens, temperature, top_p, seed)
-    if model.config.remote:
-        raise UserError("Generation runs in process only: load the model with remote=False.")
-    batch = batch.to(model.device)
     stops = set(model.eos_token_ids if stop_token_ids is None else stop_token_ids)
-    seeds = [seed + i for i in range(len(batch))] if isinstance(seed, int) else list(seed)
-    generators = [torch.Generator(device="cpu").manual_seed(s) for s in seeds]
-    model.active.begin()
     tokens: list[list[int]] = [[] for _ in range(len(batch))]
     logprobs: list[list[float]] = [[] for _ in range(len(batch))]
     tops: list[list[dict[int, float]]] = [[] for _ in range(len(batch))]
     alive = [True] * len(batch)
+    for new in steps(model, batch, max_new_tokens, temperature, top_p, seed, top_logprobs):
+        for row, (token, logprob) in enumerate(zip(new.tokens_B.tolist(), new.logprobs_B.tolist())):
+            if alive[row]:
+                tokens[row].append(token)
+                logprobs[row].append(logprob)
+                tops[row] += new.likeliest[row : row + 1]
+                alive[row] = token not in stops
+        if not any(alive):
+            break
+    return Generated(tokens, logprobs, tops)
+
+
+@torch.no_grad()
+def steps(
+    model: Model,
+    batch: TokenBatch,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    top_logprobs: int = 0,
+) -> Iterator[NewTokens]:
+    """The steps of a generation as they are computed, at most `max_new_tokens`; whoever iterates stops it.
+
+    The edits active while a step is computed are those of that step.
+    """
+    _check(batch, max_new_tokens, temperature, top_p, seed)
+    if model.config.remote:
+        raise UserError("Generation runs in process only: load the model with remote=False.")
+    batch = batch.to(model.device)
+    seeds = [seed + i for i in range(len(batch))] if isinstance(seed, int) else list(seed)
+    generators = [torch.Generator(device="cpu").manual_seed(s) for s in seeds]
+    model.active.begin()
     cache = _new_cache(model)
     for _ in range(max_new_tokens):
         logits_BV = _step(model, batch, cache)
         chosen_B, logprobs_B = choose(logits_BV, temperature, top_p, generators)
-        likeliest = _likeliest(logits_BV, top_logprobs)
-        for row, (token, logprob) in enumerate(zip(chosen_B.tolist(), logprobs_B.tolist())):
-            if alive[row]:
-                tokens[row].append(token)
-                logprobs[row].append(logprob)
-                tops[row] += likeliest[row : row + 1]
-                alive[row] = token not in stops
-        if not any(alive):
-            break
+        yield NewTokens(chosen_B, logprobs_B, _likeliest(logits_BV, top_logprobs))
         batch = _next(batch, chosen_B)
-    return Generated(tokens, logprobs, tops)
 
 
 def choose(

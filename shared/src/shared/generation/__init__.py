@@ -9,6 +9,7 @@ A sample is a function of prompt, sampling and seed: it does not depend on the b
 from shared.generation.hf import HFGenerator
 from shared.generation.openai_server import OpenAIGenerator
 from shared.generation.requests import Completion, Generator, Request, Sampling
+from shared.generation.streaming import Piece, stream
 from shared.generation.vllm_engine import VLLMGenerator
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "Generator",
     "HFGenerator",
     "OpenAIGenerator",
+    "Piece",
     "Request",
     "Sampling",
     "VLLMGenerator",
+    "stream",
 ]

@@ -16,17 +16,29 @@ class Decoded(NamedTuple):
     stopped: bool
 
 
+class TextStream:
+    """The text of a growing answer, without special tokens: what each new token adds to the prompt and those before."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+
+    def add(self, token: int) -> str:
+        """The new text, empty while a character is incomplete."""
+        return self._stream.step(self._tokenizer, token) or ""
+
+
 def decode_new(
     tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], stop: Sequence[str] = ()
 ) -> Decoded:
     """Text that `tokens` add to `prompt`, without special tokens, cut before the stop string that completes first."""
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+    stream = TextStream(tokenizer, prompt)
     text = ""
     for n_tokens, token in enumerate(tokens, 1):
         searched = len(text)
-        text += stream.step(tokenizer.backend_tokenizer, token) or ""
+        text += stream.add(token)
         start = stop_start(text, searched, stop)
         if start is not None:
             return Decoded(text[:start], n_tokens, True)
