@@ -19,6 +19,7 @@ Letters: B batch, T token, D width, I and O in- and out-features of a linear lay
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -204,7 +205,7 @@ def applied_together(hf: nn.Module, acting: Iterable[Acting]) -> Iterator[None]:
                 updates.setdefault(path, []).append(_Update(delta, weight, mask_BT))
     with ExitStack() as stack:
         for path, several in updates.items():
-            stack.callback(hf.get_submodule(path).register_forward_hook(_hook(several)).remove)
+            stack.callback(hf.get_submodule(path).register_forward_hook(partial(_adapted, several)).remove)
         yield
 
 
@@ -214,17 +215,14 @@ class _Update(NamedTuple):
     mask_BT: Bool[Tensor, "B T"]
 
 
-def _hook(updates: list[_Update]) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        total = output
-        for delta, weight, mask_BT in updates:
-            source = args[0] if isinstance(delta, LoRADelta) else output
-            with torch.autocast(output.device.type, enabled=False):
-                update = (delta(source.to(torch.float32)) * weight).to(output.dtype)
-            total = total + update * mask_BT[..., None].to(output.device, output.dtype)
-        return total
-
-    return hook
+def _adapted(updates: list[_Update], _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    total = output
+    for delta, weight, mask_BT in updates:
+        source = args[0] if isinstance(delta, LoRADelta) else output
+        with torch.autocast(output.device.type, enabled=False):
+            update = (delta(source.to(torch.float32)) * weight).to(output.dtype)
+        total = total + update * mask_BT[..., None].to(output.device, output.dtype)
+    return total
 
 
 def check_mergeable(config: AdapterConfig) -> None:
