@@ -26,7 +26,7 @@ from shared.serialize import atomic_path, plain
 
 Row = TypeVar("Row")
 T = TypeVar("T")
-FORMATS = ".jsonl, .csv, or a folder written by datasets.save_to_disk"
+FORMATS = ".jsonl, .json (a list of objects), .csv, or a folder written by datasets.save_to_disk"
 
 
 class DataError(UserError):
@@ -41,17 +41,27 @@ def read_rows(
     drop_extra: bool = False,
     part: str | None = None,
 ) -> list[Row]:
-    """Rows of a JSONL or CSV file or of a Hugging Face dataset folder as instances of the dataclass `row_type`.
+    """Rows of a JSONL, JSON or CSV file or of a Hugging Face dataset folder as instances of the dataclass `row_type`.
 
     `columns` maps field names to differing column names; `drop_extra` ignores columns that no field asks for; `part`
     names the split to read of a folder that holds several. DataError names file, line and column.
     """
+    raw = raw_rows(path, row_type, columns=columns, part=part)
+    return typed_rows(raw, row_type, columns=columns, drop_extra=drop_extra)
+
+
+def raw_rows(
+    path: Path | str,
+    row_type: type[Row],
+    *,
+    columns: Mapping[str, str] | None = None,
+    part: str | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, values by column) of every row of what `read_rows` reads, one after the other, for `typed_rows`."""
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist; expected {FORMATS} with {_described(row_type)}")
-    names = _columns(row_type, columns)
-    raw = _raw_rows(path, part, get_type_hints(row_type), names)
-    return typed_rows(raw, row_type, columns=columns, drop_extra=drop_extra)
+    return _raw_rows(path, part, get_type_hints(row_type), _columns(row_type, columns))
 
 
 def typed_rows(
@@ -62,8 +72,18 @@ def typed_rows(
     drop_extra: bool = False,
 ) -> list[Row]:
     """Rows given as (place, values by column) as instances of `row_type`; DataError names the place and the column."""
+    return list(iter_typed_rows(raw, row_type, columns=columns, drop_extra=drop_extra))
+
+
+def iter_typed_rows(
+    raw: Iterable[tuple[str, dict[str, Any]]],
+    row_type: type[Row],
+    *,
+    columns: Mapping[str, str] | None = None,
+    drop_extra: bool = False,
+) -> Iterator[Row]:
+    """`typed_rows` one row at a time, for sources too long to hold."""
     names = _columns(row_type, columns)
-    rows = []
     for where, values in raw:
         extra = set(values) - set(names.values())
         if extra and not drop_extra:
@@ -72,10 +92,10 @@ def typed_rows(
             )
         chosen = {field: values[column] for field, column in names.items() if column in values}
         try:
-            rows.append(to_dataclass(row_type, chosen))
+            row = to_dataclass(row_type, chosen)
         except (ConfigError, DataError) as error:
             raise DataError(f"{where}: {error}") from error
-    return rows
+        yield row
 
 
 def write_rows(path: Path | str, rows: Iterable[object]) -> None:
@@ -147,6 +167,8 @@ def _raw_rows(
         raise DataError(f"{path} is one file: part={part!r} is for dataset folders")
     if path.suffix == ".jsonl":
         return _from_jsonl(path)
+    if path.suffix == ".json":
+        return _from_json(path)
     if path.suffix == ".csv":
         return _from_csv(path, {names[field]: hint for field, hint in hints.items() if field in names})
     raise DataError(f"{path}: unknown format {path.suffix!r}; expected {FORMATS}")
@@ -165,6 +187,19 @@ def _from_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(values, dict):
                 raise DataError(f"{where}: a row is a JSON object, got {type(values).__name__}")
             yield where, values
+
+
+def _from_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_constant)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: rows are a list of objects, got {type(rows).__name__}")
+    for number, values in enumerate(rows, 1):
+        if not isinstance(values, dict):
+            raise DataError(f"{path}, row {number}: a row is a JSON object, got {type(values).__name__}")
+        yield f"{path}, row {number}", values
 
 
 def _no_constant(name: str) -> float:

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from assumptions.chats import Chat
+from assumptions.chats import Chat, text_key
 from shared.data import hash_point
 from shared.errors import UserError
 
@@ -84,7 +84,7 @@ def _components(chats: Sequence[Chat]) -> list[list[int]]:
 
     first: dict[tuple[str, str], int] = {}
     for i, chat in enumerate(chats):
-        keys = [("text", " ".join(chat.turn.lower().split()))]
+        keys = [("text", text_key(chat.turn))]
         keys += [("group", chat.group)] if chat.group else []
         for key in keys:
             parent[root(i)] = root(first.setdefault(key, i))

@@ -1,0 +1,518 @@
+"""Readers of the public sets: published columns in, typed records out; errors that name line, licence and address."""
+
+import csv
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assumptions.chats import Chat, read_chats
+from assumptions.corpora import CORPORA, load_corpus
+from assumptions.corpora.item import label
+from assumptions.corpora.turns import read_conversations
+from shared.data import DataError
+from shared.errors import UserError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"  # beside the checkout
+HUMAN = {"type": "human", "content": "Is the moon far? Please answer."}
+# (set, part): file name, rows under the published columns, a change that breaks row 2, what the error must say
+ROWS = {
+    ("elephant_oeq", ""): (
+        "OEQ.csv",
+        [
+            {"": i, "prompt": f"p{i}", "human": "h", "source": "columnist", "validation_human": v}
+            | {"indirectness_human": "ERROR", "framing_human": ""}
+            for i, v in enumerate(["1.0", "0"])
+        ],
+        {"validation_human": "yes"},
+        "a label is a number, got 'yes'",
+    ),
+    ("elephant_aita_yta", ""): (
+        "AITA-YTA.csv",
+        [
+            {"": 0, "prompt": f"AITA {i}", "top_comment": "YTA", "is_asshole": "1", "ytanta": "YTA"}
+            | {f"{o}_human": "" for o in ("validation", "indirectness", "framing")}
+            for i in range(2)
+        ],
+        {"prompt": " "},
+        "'prompt' is empty",
+    ),
+    ("elephant_aita_nta", ""): (
+        "AITA-NTA-OG.csv",
+        [{"": 0, "id": f"x{i}", "original_post": f"AITA {i}"} for i in range(2)],
+        {"id": ""},
+        "'id' is empty",
+    ),
+    ("elephant_moral_pairs", ""): (
+        "AITA-NTA-FLIP.csv",
+        [{"": 0, "id": f"x{i}", "original_post": f"o{i}", "flipped_story": f"f{i}"} for i in range(2)],
+        {"original_post": ""},
+        "'original_post' is empty",
+    ),
+    ("elephant_ss", ""): (
+        "SS.csv",
+        [
+            {"": i, "sentence": f"I am {i}.", "self_attitude": "negative", "other_attitude": ""}
+            for i in (2, 7)
+        ],
+        {"sentence": ""},
+        "'sentence' is empty",
+    ),
+    **{
+        ("sycophancy_eval", part): (
+            f"{part}.jsonl",
+            [
+                {"prompt": [HUMAN], "base": {"question": "q", "correct_answer": str(i)}, "metadata": {}}
+                for i in (1, 2)
+            ],
+            {"prompt": [{"type": "robot", "content": "x"}]},
+            "a turn has type",
+        )
+        for part in ("answer", "are_you_sure", "feedback", "mimicry")
+    },
+    ("cancer_myth", ""): (
+        "all_data.json",
+        [
+            {"question": f"q{i}", "presupposition_correction": "c", "category": "k", "QID": i}
+            for i in range(2)
+        ],
+        {"question": ""},
+        "'question' is empty",
+    ),
+    ("cancer_myth_nfp", ""): (
+        "nfp.json",
+        [
+            {"example_question": f"q{i}", "example_assumption": "a", "source_cancer": "c", "QID": 1000 + i}
+            for i in range(2)
+        ],
+        {"example_question": ""},
+        "'example_question' is empty",
+    ),
+    ("cancer_myth_tpq", ""): (
+        "test.jsonl",
+        [{"question": f"q{i}", "cancer": "c", "id": i, "passages": []} for i in range(2)],
+        {"question": 3},
+        "'question' must be str",
+    ),
+    **{
+        ("qa2", part): (
+            f"QAQA_{part}_set_Dec2022.csv",
+            [
+                {"question": f"q{i}", "all_assumptions_valid": v, "abstractive_answer": "a"}
+                | {"questionable_assumption": "", "url_extractive_evidence_or_answer": "u"}
+                for i, v in enumerate(["has_invalid", "all_valid"])
+            ],
+            {"all_assumptions_valid": "perhaps"},
+            "has_invalid or all_valid",
+        )
+        for part in ("adaptation", "evaluation")
+    },
+    ("syn_qa2", ""): (
+        "syn_qa2_singlehop.csv",
+        [
+            {"x": "a", "y": "b", "perturbed_x": "c", "wikidata_property": "P1"}
+            | {"original_question": f"o{i}", "perturbed_question": f"p{i}"}
+            for i in range(2)
+        ],
+        {"perturbed_question": ""},
+        "'perturbed_question' is empty",
+    ),
+    ("sycon", "ethical"): (
+        "stereoset_intra_user_queries_api_over45.csv",
+        [
+            {"target": "t", "bias_type": "race", "stereotype": "s", "question": f"q{i}"}
+            | {f"question{n}": f"q{i}{n}" for n in range(2, 6)}
+            for i in range(2)
+        ],
+        {"question4": ""},
+        "'question4' is empty",
+    ),
+    ("sycon", "false_presupposition"): (
+        "push_back.csv",
+        [{"Question": f"q{i}"} | {f"Pushback_{n}": f"b{n}" for n in range(1, 5)} for i in range(2)],
+        {"Pushback_3": ""},
+        "'Pushback_3' is empty",
+    ),
+    ("syco_bench", "pickside"): (
+        "questions_pickside.csv",
+        [{"statement1": "a", "statement2": "b"}, {"statement1": "c", "statement2": "d"}],
+        {"statement2": ""},
+        "'statement2' is empty",
+    ),
+    ("syco_bench", "mirror"): (
+        "questions_mirror.csv",
+        [
+            {"topic": f"t{i}", "stance1": "a", "stance2": "b", "userstance1": "I a", "userstance2": "I b"}
+            for i in range(2)
+        ],
+        {"userstance2": ""},
+        "'userstance2' is empty",
+    ),
+    ("syco_bench", "whosaid"): (
+        "questions_whosaid.csv",
+        [{"statement": "a"}, {"statement": "b"}],
+        {"statement": ""},
+        "empty",
+    ),
+    ("syco_bench", "delusion"): (
+        "questions_delusion.csv",
+        [{"statement": "a"}, {"statement": "b"}],
+        {"statement": ""},
+        "empty",
+    ),
+    ("spiral_bench", "seeds"): (
+        "eval_prompts_v0.2.json",
+        [
+            {"prompt_id": f"sc0{i}", "category": "spiral_tropes", "prompts": ["been feeling this"]}
+            for i in range(2)
+        ],
+        {"prompts": []},
+        "at least one message",
+    ),
+    ("wildchat", ""): (
+        "wildchat.jsonl",
+        [
+            {"conversation": [{"role": "user", "content": f"hi {i}", "toxic": False}], "language": "English"}
+            | {"toxic": False, "conversation_hash": f"h{i}", "turn": 1}
+            for i in range(2)
+        ],
+        {"conversation": "hi"},
+        "'conversation' must be",
+    ),
+    ("aita_scored", ""): (
+        "final_human_consensus_scores.csv",
+        [
+            {
+                "response_id": i,
+                "prompt_body": f"AITA {i}",
+                "model_response_text": "NTA",
+                "chosen_consensus": 0.2,
+            }
+            for i in range(2)
+        ],
+        {"chosen_consensus": 3},
+        "between -1 and 1",
+    ),
+    ("counsel_chat", ""): (
+        "20200325_counsel_chat.csv",
+        [
+            {"questionID": i, "questionTitle": f"t{i}", "questionText": "", "topic": "anger", "upvotes": 1}
+            | {"therapistInfo": "Name", "answerText": "a"}
+            for i in range(2)
+        ],
+        {"upvotes": "many"},
+        "cannot read 'many'",
+    ),
+    **{
+        ("gsm8k", part): (
+            f"{part}.jsonl",
+            [{"question": f"q{i}", "answer": f"1+{i}\n#### 1,00{i}"} for i in range(2)],
+            {"answer": "no number"},
+            "ends with ####",
+        )
+        for part in ("train", "test")
+    },
+}
+OTHER_FILES = {("sycon", "debate"), ("spiral_bench", "transcripts"), ("talktuner", ""), ("goal_switch", "")}
+
+
+def write(path, rows):
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_every_part_of_every_set_is_tested_here():
+    assert {(c.name, part) for c in CORPORA.values() for part in c.parts} == set(ROWS) | OTHER_FILES
+
+
+@pytest.mark.parametrize("key", sorted(ROWS))
+def test_published_columns_become_records(tmp_path, key):
+    name, part = key
+    file, rows, _, _ = ROWS[key]
+    write(tmp_path / file, rows)
+    whole, single = load_corpus(name, tmp_path, part=part), load_corpus(name, tmp_path / file, part=part)
+    assert whole.items == single.items
+    assert whole.card["counts"]["rows"] == 2
+    assert len(whole.card["files"][file]) == 64
+    assert len({item.id for item in whole.items}) == len(whole.items) >= 2
+    for chat in whole.chats():
+        assert isinstance(chat, Chat)
+        assert chat.turn.strip()
+        assert chat.source == name
+        assert chat.group.startswith(CORPORA[name].groups or name)
+
+
+@pytest.mark.parametrize("key", sorted(ROWS))
+def test_a_malformed_row_is_reported_with_its_line(tmp_path, key):
+    name, part = key
+    file, rows, change, message = ROWS[key]
+    write(tmp_path / file, [rows[0], rows[1] | change])
+    with pytest.raises(DataError) as error:
+        load_corpus(name, tmp_path, part=part)
+    place = "line 3" if file.endswith(".csv") else "row 2" if file.endswith(".json") else "line 2"
+    assert f"{file}, {place}: " in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", sorted(ROWS))
+def test_a_missing_column_is_reported(tmp_path, key):
+    name, part = key
+    file, rows, change, _ = ROWS[key]
+    column = next(iter(change))
+    write(tmp_path / file, [{"other": 1} | {k: v for k, v in row.items() if k != column} for row in rows])
+    if column in ("validation_human", "upvotes", "base"):
+        assert load_corpus(name, tmp_path, part=part).items
+        return
+    with pytest.raises(DataError, match=column):
+        load_corpus(name, tmp_path, part=part)
+
+
+@pytest.mark.parametrize("name", sorted(set(CORPORA) - {"goal_switch"}))
+def test_a_missing_set_says_how_to_get_it(tmp_path, name):
+    corpus = CORPORA[name]
+    part = next(iter(corpus.parts))
+    for source in (None, tmp_path, tmp_path / "absent.csv"):
+        with pytest.raises(UserError) as error:
+            load_corpus(name, source, part=part)
+        for told in (corpus.title, corpus.licence, corpus.url, corpus.parts[part].file):
+            assert told in str(error.value)
+        if corpus.hub:
+            assert corpus.hub in str(error.value)
+
+
+def test_unknown_names_are_listed():
+    with pytest.raises(UserError, match="elephant_oeq"):
+        load_corpus("elephant")
+    with pytest.raises(UserError, match="answer, are_you_sure, feedback, mimicry"):
+        load_corpus("sycophancy_eval")
+
+
+def test_sets_with_a_canary_are_kept_out_of_training(tmp_path):
+    with pytest.raises(UserError, match="evaluation only"):
+        load_corpus("qa2", tmp_path, part="evaluation", use="training")
+
+
+def test_labels_that_are_missing_are_none_and_texts_are_kept(tmp_path):
+    file, rows, _, _ = ROWS["elephant_oeq", ""]
+    write(tmp_path / file, [*rows, rows[0]])
+    items = load_corpus("elephant_oeq", tmp_path).items
+    assert items[0].human == {"reply": "h", "validation": 1.0, "indirectness": None, "framing": None}
+    assert items[0].group == items[2].group != items[1].group  # the same prompt twice is one group
+    assert [label(cell) for cell in ("", None, float("nan"), "ERROR", "True", "0.5")] == [None] * 4 + [
+        1.0,
+        0.5,
+    ]
+
+
+def test_moral_pairs_are_joined_by_id_never_by_order(tmp_path):
+    posts = [{"id": f"x{i}", "original_post": f"o{i}"} for i in range(4)]
+    write(tmp_path / "AITA-NTA-OG.csv", posts[::-1])
+    flips = [post | {"flipped_story": f"f{post['id']}"} for post in posts]
+    write(tmp_path / "AITA-NTA-FLIP.csv", [*flips[:3], posts[3] | {"flipped_story": "ERROR: refused"}])
+    pairs = load_corpus("elephant_moral_pairs", tmp_path)
+    assert pairs.card["counts"] == {"rows": 4, "skipped: the other side was not written": 1}
+    told = {item.group: item.turns[0] for item in load_corpus("elephant_aita_nta", tmp_path).items}
+    for original, flipped in zip(pairs.items[::2], pairs.items[1::2]):
+        assert original.group == flipped.group
+        assert original.turns[0] == told[original.group]
+        assert (original.human["verdict"], flipped.human["verdict"]) == ("NTA", "YTA")
+
+
+def test_what_a_set_marks_as_unusable_is_skipped_and_counted(tmp_path):
+    _, [row, _], _, _ = ROWS["wildchat", ""]
+    toxic = row | {
+        "conversation": [{"role": "user", "content": "x", "toxic": True}],
+        "conversation_hash": "t",
+    }
+    rows = [row, row | {"language": "French", "conversation_hash": "f"}, toxic, row]
+    write(tmp_path / "wildchat.jsonl", rows)
+    corpus = load_corpus("wildchat", tmp_path)
+    reasons = {"not English": 1, "toxic": 1, "another row of the same id": 1}
+    assert corpus.card["counts"] == {"rows": 4} | {f"skipped: {k}": v for k, v in reasons.items()}
+    assert len(load_corpus("wildchat", tmp_path, limit=1).items) == 1
+
+
+def test_counsel_chat_is_one_item_a_question_and_reads_no_names(tmp_path):
+    file, [first, second], _, _ = ROWS["counsel_chat", ""]
+    write(tmp_path / file, [first, first | {"answerText": "another"}, second])
+    items = load_corpus("counsel_chat", tmp_path).items
+    assert [item.human["reply"] for item in items] == ["a", "a"]
+    assert "Name" not in repr(items)
+
+
+def test_questions_with_false_and_true_premises_are_told_apart(tmp_path):
+    for key in (("cancer_myth", ""), ("cancer_myth_nfp", ""), ("syn_qa2", ""), ("qa2", "evaluation")):
+        write(tmp_path / ROWS[key][0], ROWS[key][1])
+    premises = {
+        name: [item.meta["premise"] for item in load_corpus(name, tmp_path, part=part).items]
+        for name, part in (
+            ("cancer_myth", ""),
+            ("cancer_myth_nfp", ""),
+            ("syn_qa2", ""),
+            ("qa2", "evaluation"),
+        )
+    }
+    assert premises == {
+        "cancer_myth": ["false"] * 2,
+        "cancer_myth_nfp": ["true"] * 2,
+        "syn_qa2": ["true", "false"] * 2,
+        "qa2": ["false", "true"],
+    }
+
+
+def test_the_number_of_a_word_problem(tmp_path):
+    write(tmp_path / "test.jsonl", ROWS["gsm8k", "test"][1])
+    assert [item.human["answer"] for item in load_corpus("gsm8k", tmp_path, part="test").items] == [
+        "1000",
+        "1001",
+    ]
+
+
+def test_are_you_sure_has_a_script_and_roles_are_translated(tmp_path):
+    prompt = [{"type": "system", "content": "Be brief."}, HUMAN, {"type": "ai", "content": "Yes."}]
+    write(tmp_path / "are_you_sure.jsonl", [{"prompt": prompt, "base": {}, "metadata": {}}])
+    [item] = load_corpus("sycophancy_eval", tmp_path, part="are_you_sure").items
+    assert [message["role"] for message in item.messages] == ["system", "user", "assistant"]
+    assert item.turns[0] == HUMAN["content"]
+    assert len(item.turns) == 2
+    assert item.chat().history == item.messages[:1]
+
+
+def test_debate_lines_belong_together(tmp_path):
+    (tmp_path / "questions.txt").write_text("Is A so?\nIs B so?\n")
+    (tmp_path / "arguments.txt").write_text("A is so.\nB is so.\n")
+    items = load_corpus("sycon", tmp_path, part="debate").items
+    assert [(i.turns[0], i.meta["argument"]) for i in items] == [
+        ("Is A so?", "A is so."),
+        ("Is B so?", "B is so."),
+    ]
+    (tmp_path / "arguments.txt").write_text("A is so.\n")
+    with pytest.raises(DataError, match="2 lines and .* 1: they belong together"):
+        load_corpus("sycon", tmp_path, part="debate")
+
+
+def test_spiral_transcripts_are_found_in_the_nested_result(tmp_path):
+    talk = {"transcript": [{"role": "user", "content": "hum"}, {"role": "assistant", "content": "yes"}]}
+    (tmp_path / "model.json").write_text(json.dumps({"run1": {"file": {"sc01": [talk, None, talk]}}}))
+    items = load_corpus("spiral_bench", tmp_path / "model.json", part="transcripts").items
+    assert len(items) == 2
+    assert len({item.group for item in items}) == 1
+    (tmp_path / "model.json").write_text(json.dumps({"run1": {"file": {"sc01": [{}]}}}))
+    with pytest.raises(DataError, match=r"model\.json is no result of Spiral-Bench"):
+        load_corpus("spiral_bench", tmp_path / "model.json", part="transcripts")
+
+
+def test_talktuner_archive(tmp_path):
+    def archive(name, text):
+        with zipfile.ZipFile(tmp_path / "chats.zip", "w") as file:
+            file.writestr(
+                "conversation_2_age_older adult.txt", "HUMAN: Hi: there.\n\nASSISTANT: Hello. HUMAN: Bye."
+            )
+            file.writestr(name, text)
+
+    archive("readme.md", "not a chat")
+    [item] = load_corpus("talktuner", tmp_path).items
+    assert item.meta == {"attribute": "age", "value": "older adult"}
+    assert item.turns == ("Hi: there.", "Bye.")
+    assert [m["content"] for m in item.chat(1).history] == ["Hi: there.", "Hello."]
+    assert item.chat(0).history == ()
+    with pytest.raises(UserError, match="no turn 2"):
+        item.chat(2)
+    archive("conversation_3_gender_male.txt", "Nobody speaks")
+    with pytest.raises(DataError, match=r"chats\.zip, conversation_3_gender_male\.txt: .*HUMAN"):
+        load_corpus("talktuner", tmp_path)
+
+
+def test_goal_switch_seeds_are_ours_and_enough():
+    items = load_corpus("goal_switch").items
+    assert len(items) >= 40
+    assert len({item.turns[0] for item in items}) == len(items)
+    assert {item.meta["goal"] for item in items} == {"validation", "objectivity"}
+    assert all(len([i for i in items if i.group == item.group]) == 2 for item in items)
+
+
+def test_from_the_hub(tmp_path):
+    """`datasets` reads a folder as it reads the hub: no network, the same path through the code."""
+    write(tmp_path / "train.jsonl", ROWS["wildchat", ""][1])
+    corpus = load_corpus("wildchat", f"hf:{tmp_path}")
+    assert corpus.card["source"] == f"hf:{tmp_path}"
+    assert [item.turns for item in corpus.items] == [("hi 0",), ("hi 1",)]
+    with pytest.raises(UserError, match="not on the hub"):
+        load_corpus("qa2", "hf", part="evaluation")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public sets are not here")
+@pytest.mark.parametrize(
+    ("name", "folder", "part", "rows", "items"),
+    [
+        ("syco_bench", "syco_bench", "pickside", 40, 80),
+        ("syco_bench", "syco_bench", "mirror", 40, 80),
+        ("syco_bench", "syco_bench", "whosaid", 40, 80),
+        ("syco_bench", "syco_bench", "delusion", 20, 20),
+        ("sycon", "sycon", "false_presupposition", 200, 200),
+        ("talktuner", "talktuner", "", 200, 200),
+    ],
+)
+def test_real_files(name, folder, part, rows, items):
+    corpus = load_corpus(name, SHARED / folder, part=part)
+    assert (corpus.card["counts"]["rows"], len(corpus.items)) == (rows, items)
+    assert corpus.card["notes"] == list(CORPORA[name].notes)  # the published number of rows
+    if name == "sycon":
+        assert all(item.human["correction"] and len(item.script) == 4 for item in corpus.items)
+    if name == "talktuner":
+        roles = [[message["role"] for message in item.messages] for item in corpus.items]
+        assert all(
+            one == ["user", "assistant"] * (len(one) // 2) + ["user"] * (len(one) % 2) for one in roles
+        )
+        assert {item.meta["value"] for item in corpus.items} == {"male", "female"}
+
+
+class TestOwnConversations:
+    """T20: one turn model; T21: no history, however it is written."""
+
+    @given(st.lists(st.sampled_from(["", " ", "hello", "again"]), min_size=1, max_size=5))
+    def test_turns_with_gaps(self, tmp_path_factory, cells):
+        path = tmp_path_factory.mktemp("turns") / "own.jsonl"
+        write(path, [{"id": "a", "topic": "rent"} | {f"user_{i}": cell for i, cell in enumerate(cells, 1)}])
+        filled = [i for i, cell in enumerate(cells) if cell.strip()]
+        if filled == list(range(len(filled))) and filled:
+            [item] = read_conversations(path)
+            assert item.turns == tuple(cells[i] for i in filled)
+            assert (item.id, item.meta) == ("a", {"topic": "rent"})
+        else:
+            with pytest.raises(DataError, match="own.jsonl, line 1"):
+                read_conversations(path)
+
+    def test_one_column_will_do_and_two_are_refused(self, tmp_path):
+        for column in ("prompt", "user_text"):
+            write(tmp_path / "a.csv", [{column: "hello"}])
+            assert [item.turns for item in read_conversations(tmp_path / "a.csv")] == [("hello",)]
+        for columns in ({"prompt": "a", "user_1": "b"}, {"user_1": "a", "user_3": "b"}, {"text": "a"}):
+            write(tmp_path / "a.csv", [columns])
+            with pytest.raises(DataError, match="expected columns user_1"):
+                read_conversations(tmp_path / "a.csv")
+
+    @pytest.mark.parametrize("cell", ["", "nan", "NaN", "null", "[]", None])
+    def test_no_history(self, tmp_path, cell):
+        write(tmp_path / "a.csv", [{"text": "hi", "history": "" if cell is None else cell}])
+        write(tmp_path / "a.jsonl", [{"text": "hi", "history": cell}])
+        assert read_chats(tmp_path / "a.csv")[0].history == read_chats(tmp_path / "a.jsonl")[0].history == ()
+
+    def test_history_in_a_cell_and_malformed_history(self, tmp_path):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        write(tmp_path / "a.csv", [{"text": "hi", "history": json.dumps(turns)}])
+        assert list(read_chats(tmp_path / "a.csv")[0].history) == turns
+        for bad in ("[1]", "{}", "[{", json.dumps([{"role": "robot", "content": "a"}])):
+            write(tmp_path / "a.csv", [{"text": "hi", "history": bad}])
+            with pytest.raises(DataError, match=r"a\.csv, line 2"):
+                read_chats(tmp_path / "a.csv")
