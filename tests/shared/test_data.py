@@ -185,3 +185,18 @@ def test_points_are_the_same_everywhere():
 def test_wrong_fractions_are_refused(fractions):
     with pytest.raises(UserError, match="sum to 1"):
         split_rows([1], fractions)
+
+
+def test_a_list_of_objects_in_one_json_file(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text('[{"name": "x", "score": 1}, {"name": "y", "score": 2.5}]')
+    assert read_rows(file, Row) == [Row("x", 1.0), Row("y", 2.5)]
+    for text, message in [
+        ('{"name": "x"}', "rows are a list of objects, got dict"),
+        ('[{"name": "x", "score": 1}, 3]', "row 2: a row is a JSON object, got int"),
+        ('[{"name": "x"}]', "row 1: missing key 'score'"),
+        ('[{"name": "x", "score": NaN}]', "not JSON: NaN"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_rows(file, Row)
