@@ -14,7 +14,7 @@ from assumptions.outcomes import Judgement
 from assumptions.probes import fit_probes
 from assumptions.settings import AssumptionProbingConfig, ChoiceSettings, SteeringSettings
 from assumptions.splits import group_split
-from assumptions.steered import Steering, choose_directions
+from assumptions.steered import Grounds, Steering, choose_directions
 from assumptions.steering import probe_direction, random_directions
 from shared.data import read_rows
 from shared.errors import UserError
@@ -115,7 +115,7 @@ def test_the_block_whose_replies_the_judge_sees_move_is_taken(tmp_path):
 
         with start_run(folder, {}, seed=0) as run:
             study = Steering(config, run.use_model(model), judge, run)
-            directions, trials = choose_directions(study, probes, features, labels, split, ROWS)
+            directions, trials = choose_directions(study, Grounds(features, labels, split, ROWS, probes))
         assert directions["user_rightness"].block == wanted
         assert {one.block for one in trials["user_rightness"]} == set(range(model.architecture.n_layers))
         [path] = folder.glob("choice-*.jsonl")
@@ -124,7 +124,7 @@ def test_the_block_whose_replies_the_judge_sees_move_is_taken(tmp_path):
 
 
 def read_replies(path):
-    from assumptions.doses import Reply
+    from assumptions.conditions import Reply
 
     return read_rows(path, Reply)
 
@@ -135,6 +135,6 @@ def test_by_reading_nothing_is_answered(tmp_path):
     config = AssumptionProbingConfig(steering=SteeringSettings(["user_rightness"], choice=choice))
     with start_run(tmp_path / "run", {}, seed=0) as run:
         study = Steering(config, load("random:llama"), pytest.fail, run)
-        directions, trials = choose_directions(study, probes, features, labels, split, ROWS)
+        directions, trials = choose_directions(study, Grounds(features, labels, split, ROWS, probes))
     assert trials == {}
     assert directions["user_rightness"].digest == direction.digest

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from assumptions.chats import Chat
+from assumptions.conditions import UNEDITED, Reply
 from assumptions.dimensions import NAMES
-from assumptions.doses import UNEDITED, Reply, dose_response, steer
+from assumptions.doses import dose_response, steer
 from assumptions.elicitation import ElicitationSettings
 from assumptions.features import capture_features
+from assumptions.judges import judging
 from assumptions.outcomes import OUTCOMES, Judgement
 from assumptions.pages import add_steering
 from assumptions.pipeline import PIPELINE
@@ -21,8 +23,8 @@ from assumptions.scripted import ScriptedGenerator
 from assumptions.settings import AssumptionProbingConfig, ChoiceSettings, JudgeSettings, SteeringSettings
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split
-from assumptions.steered import Steering, dose_test, judging
-from assumptions.steering import Direction, probe_direction
+from assumptions.steered import Steered, Steering, dose_test
+from assumptions.steering import Direction, probe_direction, random_directions
 from shared.errors import UserError
 from shared.generation import Completion, Sampling
 from shared.models import ModelConfig, load
@@ -90,7 +92,7 @@ class TestDoseResponse:
         whole = dose_response(rows, judged, direction(), ["validation"])
         random = dose_response([*rows, *strangers], [*judged, *alien], control, ["validation"])
         flat = replace(random, slope=float("nan"), rho=float("nan"), means=[float("nan")] * 4)
-        metrics = steering_metrics({"user_rightness": [whole, random, flat]})
+        metrics = steering_metrics(Steered({"user_rightness": [whole, random, flat]}, {}, [], {}))
         assert metrics["slope_over_largest_random"]["user_rightness"] == pytest.approx(1.0)
         assert metrics["judged"]["user_rightness"] == {"-1": 1.0, "0": 1.0, "1": 1.0, "2": 1.0}
         report, curves = Report("x"), {"user_rightness": [random, flat]}
@@ -142,6 +144,7 @@ class TestSteeredReplies:
         ({"elicitation": ElicitationSettings(samples=4)}, "temperature"),
         ({"data": "mine.csv"}, "judge.kind=server"),
         ({"data": "mine.csv", "judge": JudgeSettings("server")}, "judge.url"),
+        ({"data": "mine.csv", "judge": JudgeSettings("local")}, "judge.model"),
     ],
 )
 def test_settings_are_refused_before_a_model_is_loaded(options, match):
@@ -185,6 +188,7 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
         assert {"r2", "spearman", "auroc", "block"} <= set(figures)
         assert {"r2_shuffled", "spearman_shuffled", "auroc_shuffled", "r2_bag_of_words"} <= set(figures)
     names = {f"{d}{r}" for d in ("validation_seeking", "objectivity_seeking") for r in ("", "_random0")}
+    assert {"shuffled", "means"} <= set(metrics["control_slopes"]["objectivity_seeking"])
     assert set(metrics["dose_response_rho"]) == set(metrics["dose_response_slope"]) == names
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<svg") == 4
@@ -246,7 +250,7 @@ def test_edited_messages_are_steered_anew_under_the_same_probes(tmp_path, model)
     labels = torch.rand(30, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     split = group_split(rows)
     probes, _ = fit_probes(capture_features(model, rows), labels, NAMES, split, "made")
-    steering = SteeringSettings(["user_rightness"], doses=[-1.0, 0.0, 1.0], random=1, max_tokens=8)
+    steering = SteeringSettings(["user_rightness"], doses=[-1.0, 0.0, 1.0], max_tokens=8, controls=[])
     config = AssumptionProbingConfig(steering=steering)
     sampling = Sampling(max_tokens=8, temperature=1.0, logprobs=None)
     held = [rows[i] for i in split.test][:2]
@@ -255,8 +259,10 @@ def test_edited_messages_are_steered_anew_under_the_same_probes(tmp_path, model)
     for chats in (held, edited):
         with start_run(tmp_path / "run", {}, seed=0) as run:
             study = Steering(config, run.use_model(model), judging(config.judge, run), run)
-            directions = {"user_rightness": probe_direction(probes.probes["user_rightness"])}
-            curves, replies = dose_test(study, directions, chats)
+            direction = probe_direction(probes.probes["user_rightness"])
+            family = [direction, *random_directions(direction, 1)]
+            tested = dose_test(study, {"user_rightness": family}, chats, steering.doses)
+            curves, replies = tested.curves, tested.replies
         texts.append([reply.text for reply in replies if reply.direction == UNEDITED])
         assert texts[-1] == [reply.text for reply in steer(model, chats, [], [0.0], sampling)]
         # a model that knows no replies: nothing can be judged, and that stops nothing
@@ -267,7 +273,7 @@ def test_edited_messages_are_steered_anew_under_the_same_probes(tmp_path, model)
 
 def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
     """T18: a file of chats, no truth known; a resumed run asks the judge again where no grade was read, only there."""
-    from assumptions import pipeline, steered
+    from assumptions import judges, pipeline
 
     path = tmp_path / "mine.csv"
     turns = [turn.text for turn in social.sample_turns(40, seed=9)]
@@ -289,10 +295,16 @@ def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
 
     engine = ScriptedGenerator(pipeline.instrument("nine_scores").shape(), truth)
     monkeypatch.setattr(pipeline, "start_engine", lambda *_: engine)
-    monkeypatch.setattr(steered, "start_judge", lambda *_: started.append(1) or Grader())
+    monkeypatch.setattr(judges, "start_judge", lambda *_: started.append(1) or Grader())
     choice = ChoiceSettings(by="reading")
     steering = SteeringSettings(
-        ["user_rightness"], doses=[-1.0, 0.0, 1.0], random=0, messages=3, max_tokens=3, choice=choice
+        ["user_rightness"],
+        doses=[-1.0, 0.0, 1.0],
+        random=0,
+        controls=[],
+        messages=3,
+        max_tokens=3,
+        choice=choice,
     )
     judge = JudgeSettings("server", "http://127.0.0.1:1/v1", "grader")
     config = AssumptionProbingConfig(

@@ -15,7 +15,7 @@ from assumptions.probes import fit_probes
 from assumptions.settings import AssumptionProbingConfig, ChoiceSettings, SteeringSettings
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split
-from assumptions.steered import Steering, choose_directions
+from assumptions.steered import Grounds, Steering, choose_directions
 from assumptions.steering import probe_direction, random_directions
 from shared.generation import Sampling
 from shared.models import load
@@ -76,9 +76,10 @@ def test_a_direction_steers_more_at_the_block_chosen_by_dose_response(study, tmp
     config = AssumptionProbingConfig(steering=SteeringSettings([name], max_tokens=48, choice=choice))
     with start_run(tmp_path / "run", {}, seed=0) as run:
         steering = Steering(config, run.use_model(model), LexicalJudge().judge, run)
-        directions, trials = choose_directions(steering, reading, features, labels, split, chats)
+        grounds = Grounds(features, labels, split, chats, reading)
+        directions, trials = choose_directions(steering, grounds)
         places = [directions[name], replace(probe_direction(late.probes[name]), name="read")]
-        chosen, read = steering.answer("test", held[:12], places, [-3.0, 0.0, 3.0]).curves.values()
+        chosen, read = steering.curves("test", held[:12], places, [-3.0, 0.0, 3.0]).values()
     assert (places[0].block, [one.block for one in trials[name]]) == (1, [2, 1])
     assert chosen.slope < 0
     assert abs(chosen.slope) > 1.5 * abs(read.slope)

@@ -127,6 +127,18 @@ def test_low_rank_constructors_follow_the_equations(x_BTX):
     torch.testing.assert_close(LowRank.noreft(SITE, R, W, b).apply(x_BTX, all_tokens), loreft)
 
 
+def test_a_clamp_sets_projections_and_leaves_the_rest():
+    R = torch.linalg.qr(draw(128, 3))[0].T.contiguous()
+    targets = torch.tensor([1.0, -2.0, 0.5])
+    x_BTX = draw(2, 5, 128, seed=4)
+    clamped = LowRank.clamp(SITE, R, targets).apply(x_BTX, torch.ones(2, 5, dtype=torch.bool))
+    torch.testing.assert_close(clamped @ R.T, targets.expand(2, 5, 3), atol=1e-4, rtol=0)
+    rest = torch.eye(128) - R.T @ R
+    torch.testing.assert_close(clamped @ rest, x_BTX @ rest, atol=1e-4, rtol=0)
+    with pytest.raises(InterventionError, match="orthonormal"):
+        LowRank.clamp(SITE, 2 * R, targets)
+
+
 @pytest.mark.parametrize("form", ["direft", "loreft", "noreft"])
 def test_a_fresh_edit_is_an_exact_no_op(model, form):
     fresh = [LowRank.fresh(f"blocks.{layer}.output", 128, 4, form, seed=layer) for layer in range(3)]

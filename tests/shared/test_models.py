@@ -156,6 +156,6 @@ def test_a_damaged_safetensors_file_is_refused(damage, tmp_path):
 def test_the_embedded_model_without_weights_names_the_make_target(tmp_path, monkeypatch):
     import shared.tinyworld
 
-    monkeypatch.setattr(shared.tinyworld, "MODEL_DIR", tmp_path, raising=False)
+    monkeypatch.setitem(shared.tinyworld.EMBEDDED, "tinyworld", tmp_path)
     with pytest.raises(UserError, match="make tinyworld"):
         load("tinyworld")

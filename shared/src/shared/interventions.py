@@ -7,6 +7,7 @@ bit for bit, elsewhere. Low-rank forms (preft digest 1.1; tokens as rows, R and 
     DiReFT   h + R^T (W h + b)            A = W        B = R^T   bias = R^T b
     LoReFT   h + R^T (W h + b - R h)      A = W - R    B = R^T   bias = R^T b
     NoReFT   h + W2^T (W1 h + b - W2 h)   A = W1 - W2  B = W2^T  bias = W2^T b
+    clamp    h + R^T (t - R h)            A = -R       B = R^T   bias = R^T t       projections set to targets t
 
 A fresh edit (`LowRank.fresh`) is an exact no-op (digest 1.4): W = 0 or W = R, b = 0.
 Shape letters: B batch, T token, X size of the site, D width, R rank.
@@ -194,6 +195,28 @@ class LowRank(Intervention):
         return cls.direft(site, R_RD, W_RD - R_RD, b_R, phase=phase, positions=positions, strength=strength)
 
     noreft = loreft
+
+    @classmethod
+    def clamp(
+        cls,
+        site: str,
+        directions_RD: Float[Tensor, "R D"],
+        targets_R: Float[Tensor, " R"],
+        *,
+        phase: Phase | str = Phase.ALL,
+        positions: Sequence[int] | None = None,
+    ) -> LowRank:
+        """h + R^T (t - R h): the projection on each orthonormal direction becomes its target, the rest of h stays.
+
+        It is LoReFT with W = 0 and b = t. InterventionError when the rows of R are not orthonormal (to 1e-4).
+        """
+        gram_RR = directions_RD.double() @ directions_RD.double().T
+        if (gram_RR - torch.eye(len(gram_RR), dtype=torch.float64)).abs().max() > 1e-4:
+            raise InterventionError(
+                f"{site}: clamped directions must be orthonormal; orthonormalise them first."
+            )
+        nothing_RD = torch.zeros_like(directions_RD)
+        return cls.loreft(site, directions_RD, nothing_RD, targets_R, phase=phase, positions=positions)
 
     @classmethod
     def fresh(

@@ -79,15 +79,15 @@ def _token_model() -> Any:
 
 def local_path(config: ModelConfig) -> Path | None:
     """Local folder that a config names, or None for a hub id; UserError when there should be one and is not."""
-    if config.name == "tinyworld":
-        from shared.tinyworld import MODEL_DIR
+    from shared.tinyworld import EMBEDDED
 
-        if not any(Path(MODEL_DIR).glob("*.safetensors")):
+    if folder := EMBEDDED.get(config.name):
+        if not any(folder.glob("*.safetensors")):
             raise UserError(
-                f"The embedded model has no weights in {MODEL_DIR}. Run `make tinyworld` to train it, or choose "
+                f"The embedded model has no weights in {folder}. Run `make tinyworld` to train it, or choose "
                 "another model (model.name=random:llama, a local folder, or a Hugging Face id)."
             )
-        return Path(MODEL_DIR)
+        return folder
     path = Path(config.name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

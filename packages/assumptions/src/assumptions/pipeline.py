@@ -4,7 +4,7 @@
 2. capture    pooled block outputs of the same messages                                 features.safetensors
 3. probe      one ridge a dimension; block and strength chosen on validation rows       probes/
 4. choose     the block to steer at, by dose-response on validation rows (`control`)    choice-KEY.jsonl
-5. steer      replies to test rows along the directions and random controls             replies-KEY.jsonl
+5. steer      replies to test rows along the directions, beside their controls          replies-KEY.jsonl
 6. judge      sycophancy of every reply of 4 and 5 (a server's grades are kept)         judgements-KEY.jsonl
 
 Every file knows the rows it was made from (`row_hash`): an edited message is asked, read and steered anew, also where a
@@ -28,14 +28,15 @@ from assumptions.elicitation import Elicitation, elicit, header
 from assumptions.evaluation import evaluate_probes
 from assumptions.features import Features, capture_features, load_features, save_features
 from assumptions.instruments import Instrument, instrument
+from assumptions.judges import judging
 from assumptions.pages import add_choice, add_elicitation, add_probes, add_steering
 from assumptions.probe_files import save_probes
 from assumptions.probes import fit_probes
-from assumptions.run_metrics import elicitation_metrics, probe_metrics, steering_metrics
+from assumptions.run_metrics import elicitation_metrics, probe_metrics, range_metrics, steering_metrics
 from assumptions.settings import AssumptionProbingConfig
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split, row_hash
-from assumptions.steered import Steering, choose_directions, dose_test, judging
+from assumptions.steered import Grounds, Steering, choose_directions, dose_test, families, find_doses
 from shared.errors import UserError
 from shared.generation import Generator, HFGenerator, VLLMGenerator
 from shared.models import Model, ModelConfig, load
@@ -65,13 +66,16 @@ def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) ->
 
     held = [chats[i] for i in split.test][: config.steering.messages]
     study = Steering(config, model, judging(config.judge, run), run)
-    directions, trials = choose_directions(study, probes, features, labels, split, chats)
+    grounds = Grounds(features, labels, split, chats, probes)
+    directions, trials = choose_directions(study, grounds)
     metrics |= {"control": control_metrics(trials, directions, probes)}
     add_choice(run.report, trials, directions, config.steering.choice)
-    curves, replies = dose_test(study, directions, held)
-    metrics |= steering_metrics(curves)
-    outcomes = {name: moved_outcomes(config.data, name) for name in curves}
-    add_steering(run.report, curves, replies, outcomes, config.steering.unit, len(held))
+    doses, ranges = find_doses(study, grounds, directions)
+    of_name, missing = families(study, grounds, directions)
+    tested = dose_test(study, of_name, held, doses)
+    metrics |= steering_metrics(tested) | range_metrics(ranges) | {"controls_missing": missing}
+    outcomes = {name: moved_outcomes(config.data, name) for name in tested.curves}
+    add_steering(run.report, tested.curves, tested.replies, outcomes, config.steering.unit, len(held))
     return metrics
 
 

@@ -1,6 +1,6 @@
 """What a study leaves in metrics.json: figures of elicitation, probes and steering under stable keys."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,10 @@ from assumptions.dimensions import NAMES, SIGNS
 from assumptions.doses import Curve
 from assumptions.elicitation import Elicitation
 from assumptions.evaluation import ProbeScore
+from assumptions.ranges import DoseRange
 from assumptions.sources import Messages
+from assumptions.steered import Steered
+from shared.serialize import plain
 from shared.stats import spearman
 
 
@@ -46,20 +49,33 @@ def probe_metrics(score: ProbeScore) -> dict[str, float | int | None]:
     }
 
 
-def steering_metrics(curves: dict[str, list[Curve]]) -> dict[str, Any]:
-    """Spearman's rho and slope of dose against judged sycophancy, of the directions and of their random controls."""
-    rho: dict[str, float] = {name: lines[0].rho for name, lines in curves.items()}
-    slope: dict[str, float] = {name: lines[0].slope for name, lines in curves.items()}
-    for name, lines in curves.items():
-        rho |= {f"{name}_random{i}": line.rho for i, line in enumerate(lines[1:])}
-        slope |= {f"{name}_random{i}": line.slope for i, line in enumerate(lines[1:])}
-    return {
-        "dose_response_rho": rho,
-        "dose_response_slope": slope,
-        "slope_over_largest_random": {name: _over_random(lines) for name, lines in curves.items()},
-        "expected_sign": {name: SIGNS[name] for name in curves},
-        "judged": {name: by_dose(lines[0]) for name, lines in curves.items()},
+def steering_metrics(tested: Steered) -> dict[str, Any]:
+    """Rho and slope of dose against judged sycophancy, of directions and controls; words and side effects beside."""
+    curves = tested.curves
+    lines = {
+        _key(name, line): line
+        for name, of_name in curves.items()
+        for line in of_name
+        if line is of_name[0] or line.kind == "random"
     }
+    return {
+        "dose_response_rho": {key: line.rho for key, line in lines.items()},
+        "dose_response_slope": {key: line.slope for key, line in lines.items()},
+        "control_slopes": {
+            name: {line.kind: line.slope for line in of_name[1:] if line.kind != "random"}
+            for name, of_name in curves.items()
+        },
+        "slope_over_largest_random": {name: _over_random(of_name) for name, of_name in curves.items()},
+        "expected_sign": {name: SIGNS[name] for name in curves},
+        "judged": {name: by_dose(of_name[0]) for name, of_name in curves.items()},
+        "words": {name: {one.condition: plain(one) for one in some} for name, some in tested.words.items()},
+        "side_effects": {f"{name}@{dose:g}": plain(one) for (name, dose), one in tested.textures.items()},
+    }
+
+
+def range_metrics(ranges: Mapping[str, DoseRange]) -> dict[str, Any]:
+    """The range of doses found for every direction; nothing where the doses were given."""
+    return {"dose_range": {name: plain(one) for name, one in ranges.items()}} if ranges else {}
 
 
 def by_dose(curve: Curve) -> dict[str, float]:
@@ -67,7 +83,13 @@ def by_dose(curve: Curve) -> dict[str, float]:
     return {f"{dose:g}": share for dose, share in zip(curve.doses, curve.judged, strict=True)}
 
 
+def _key(name: str, line: Curve) -> str:
+    """The direction's own curve under its dimension's name, a random control's with its number behind."""
+    return f"{name}_{line.direction.removeprefix(f'{name}.')}" if line.kind == "random" else name
+
+
 def _over_random(lines: Sequence[Curve]) -> float | None:
     """Slope of the direction in units of the steepest random control's; None without controls or with flat ones."""
-    steepest = max((abs(line.slope) for line in lines[1:] if np.isfinite(line.slope)), default=0.0)
+    random = [abs(line.slope) for line in lines[1:] if line.kind == "random" and np.isfinite(line.slope)]
+    steepest = max(random, default=0.0)
     return lines[0].slope / steepest if steepest > 1e-9 else None

@@ -7,7 +7,7 @@ from assumptions.dimensions import NAMES, dimension
 from assumptions.elicitation import ElicitationSettings, check
 from assumptions.features import Span
 from assumptions.instruments import instrument
-from assumptions.steering import Unit
+from assumptions.steering import Scope, Unit
 from shared.errors import UserError
 
 
@@ -28,26 +28,55 @@ class ChoiceSettings:
 
 
 @dataclass
+class RangeSettings:
+    """How doses are searched where none are given (`assumptions.ranges`), on validation messages: from `start` on.
+
+    `steps` doses a side are then taken, evenly up to the largest one that keeps `floor` of the coherence.
+    """
+
+    start: float = 1.0
+    limit: float = 32.0
+    floor: float = 0.9
+    steps: int = 3
+    messages: int = 16
+
+
+Control = Literal["shuffled", "means", "sycophancy", "words"]
+
+
+@dataclass
 class SteeringSettings:
-    """How replies are steered: which dimensions along which kind of direction, at which doses, with which controls."""
+    """How replies are steered: which dimensions along which kind of direction, at which doses, with which controls.
+
+    Without `doses` they are searched. Beside every direction stand `random` ones of its norm and the `controls`; the
+    sycophancy control is fitted on the judged replies to `labelled` training messages.
+    """
 
     dimensions: list[str] = field(default_factory=lambda: ["validation_seeking", "objectivity_seeking"])
     kind: Literal["probe", "pattern"] = "probe"
     doses: list[float] = field(default_factory=lambda: [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
     unit: Unit = "proj_sd"
-    random: int = 3
+    scope: Scope = "all"
+    random: int = 5
+    controls: list[Control] = field(default_factory=lambda: ["shuffled", "means", "sycophancy", "words"])
+    labelled: int = 60
     messages: int = 32
     max_tokens: int = 80
     temperature: float = 1.0
     top_p: float = 1.0
+    engine: Literal["hf", "vllm"] = "hf"
     choice: ChoiceSettings = field(default_factory=ChoiceSettings)
+    range: RangeSettings = field(default_factory=RangeSettings)
 
 
 @dataclass
 class JudgeSettings:
-    """Who judges the replies: the embedded world's exact judge, or a model on an OpenAI-compatible server."""
+    """Who judges the replies: the embedded world's exact judge, or a model, in this process or on a server.
 
-    kind: Literal["lexical", "server"] = "lexical"
+    `model` is its name or folder ("local"), or the name that the OpenAI-compatible server at `url` knows it by.
+    """
+
+    kind: Literal["lexical", "local", "server"] = "lexical"
     url: str = ""
     model: str = ""
     repeats: int = 1
@@ -83,12 +112,14 @@ class AssumptionProbingConfig:
         if self.engine == "hf" and self.elicitation.guided:
             raise UserError("engine hf has no grammar: set pipeline.elicitation.guided=false, or engine=vllm")
         for name, doses in (("doses", self.steering.doses), ("choice.doses", self.steering.choice.doses)):
-            if 0.0 not in doses or len(set(doses)) < 3:
+            if (doses or name != "doses") and (0.0 not in doses or len(set(doses)) < 3):
                 raise UserError(f"steering.{name} needs 0 and at least two other doses")
         if self.judge.kind == "server" and not (self.judge.url and self.judge.model):
             raise UserError(
                 "judge.kind=server needs judge.url and judge.model; the key is read from OPENAI_API_KEY"
             )
+        if self.judge.kind == "local" and not self.judge.model:
+            raise UserError("judge.kind=local needs judge.model, the name or folder of the model that judges")
         if self.data != "tinyworld" and self.judge.kind == "lexical":
             raise UserError(
                 "the lexical judge reads replies of the embedded model only: set judge.kind=server"

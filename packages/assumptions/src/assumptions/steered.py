@@ -1,47 +1,49 @@
 """The steering half of the study: where to steer, chosen on validation messages; then the test messages, dosed.
 
-Both parts answer messages under directions and have the replies judged; replies lie in files known by the directions
+Both parts answer messages under conditions and have the replies judged; replies lie in files known by the conditions
 and the messages they were made with, so an edited message or another direction is steered anew. Test messages are
 answered by `dose_test` alone.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 
-from assumptions.answer_file import answers_path
-from assumptions.asking import OnDemand
 from assumptions.chats import Chat
+from assumptions.coherence import Texture, surprises, textures
+from assumptions.conditions import UNEDITED, Condition, Reply, SteeredEngine, answer, dosed
 from assumptions.control import Trial, best, candidate_blocks, directions_by_block, trial, trial_family
-from assumptions.doses import Condition, Curve, Reply, dose_response, steer
+from assumptions.directions import Ground, means_direction, shuffled_direction, sycophancy_direction
+from assumptions.doses import Curve, Effect, dose_response, effect
+from assumptions.engines import HFEngine, served
 from assumptions.features import Features
-from assumptions.grades import grade
-from assumptions.grades import header as judge_header
-from assumptions.outcomes import Exchange, Judgement, LexicalJudge, ModelJudge
+from assumptions.judges import Judging
+from assumptions.outcomes import Exchange, Judgement, sycophancy
 from assumptions.probes import ProbeSet
-from assumptions.settings import AssumptionProbingConfig, JudgeSettings
+from assumptions.ranges import DoseRange, coherence_under, search_range
+from assumptions.rewording import word_controls
+from assumptions.settings import AssumptionProbingConfig
 from assumptions.sources import moved_outcomes
 from assumptions.splits import Split, row_hash
 from assumptions.steering import Direction, pattern_direction, probe_direction, random_directions
 from shared.data import read_rows, write_rows
-from shared.generation import Generator, OpenAIGenerator, Sampling
+from shared.errors import UserError
+from shared.generation import Sampling
 from shared.interventions import save_interventions
 from shared.models import Model
 from shared.runs import Run, config_hash
 
-Judging: TypeAlias = Callable[[Sequence[Exchange]], list[Judgement]]
 
-
-@dataclass(frozen=True)
-class Answered:
-    """Replies under some directions, and the curve of each direction by its name."""
+class Answered(NamedTuple):
+    """Replies under some conditions, and what the judge made of each."""
 
     replies: list[Reply]
-    curves: dict[str, Curve]
+    judgements: list[Judgement]
 
 
 @dataclass(frozen=True)
@@ -53,46 +55,82 @@ class Steering:
     judge: Judging
     run: Run
 
-    def answer(
-        self, kind: str, chats: Sequence[Chat], directions: Sequence[Direction], doses: Sequence[float]
-    ) -> Answered:
-        """Curves of the directions over the chats; replies of a former run of just these are kept."""
-        asked = {"directions": [d.digest for d in directions], "chats": [(c.id, row_hash(c)) for c in chats]}
+    @property
+    def sampling(self) -> Sampling:
+        """How replies are sampled."""
+        settings = self.config.steering
+        return Sampling(settings.max_tokens, settings.temperature, settings.top_p, logprobs=None)
+
+    def dosed(self, directions: Sequence[Direction], doses: Sequence[float]) -> list[Condition]:
+        """The unedited model and the directions at every dose, in the study's unit and scope."""
+        return dosed(directions, doses, self.config.steering.unit, self.config.steering.scope)
+
+    def answer(self, kind: str, chats: Sequence[Chat], conditions: Sequence[Condition]) -> Answered:
+        """Replies of the chats under the conditions, judged; those of a former run of just these are kept."""
+        put = [one.reword(chat) if one.reword else chat for one in conditions for chat in chats]
+        asked = {
+            "conditions": [one.digest for one in conditions],
+            "chats": [chat.id for chat in chats],
+            "rows": sorted({row_hash(chat) for chat in put}),
+        }
         stage = self.run.stage(f"{kind}-{config_hash(asked)}.jsonl")
         if not stage.done:
-            with stage as path:
-                write_rows(path, self._steer(kind, chats, directions, doses))
+            with stage as path, self._engine(kind, conditions) as engine:
+                replies = answer(
+                    engine,
+                    chats,
+                    conditions,
+                    self.sampling,
+                    seed=self.run.seed,
+                    progress=lambda some: self.run.progress(some, f"steered replies: {kind}"),
+                )
+                write_rows(path, replies)
         replies = read_rows(stage.path, Reply)
         turns = {chat.id: chat.turn for chat in chats}
-        judgements = self.judge([Exchange(turns[reply.chat], reply.text) for reply in replies])
-        outcomes = {one.name: moved_outcomes(self.config.data, one.dimension) for one in directions}
-        curves = {one.name: dose_response(replies, judgements, one, outcomes[one.name]) for one in directions}
-        return Answered(replies, curves)
+        return Answered(replies, self.judge([Exchange(turns[reply.chat], reply.text) for reply in replies]))
 
-    def _steer(
+    def curves(
         self, kind: str, chats: Sequence[Chat], directions: Sequence[Direction], doses: Sequence[float]
-    ) -> list[Reply]:
-        settings = self.config.steering
+    ) -> dict[str, Curve]:
+        """The dose-response curve of every direction over the chats, by its name."""
+        return self.curves_of(self.answer(kind, chats, self.dosed(directions, doses)), directions)
 
-        def progress(conditions: list[Condition]) -> Iterable[Condition]:
-            return self.run.progress(conditions, f"steered replies: {kind}")
+    def curves_of(self, answered: Answered, directions: Sequence[Direction]) -> dict[str, Curve]:
+        """The curves of directions whose replies are there."""
+        replies, judged = answered
+        outcomes = {one.name: moved_outcomes(self.config.data, one.dimension) for one in directions}
+        return {one.name: dose_response(replies, judged, one, outcomes[one.name]) for one in directions}
 
-        sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, logprobs=None)
-        unit, seed = settings.unit, self.run.seed
-        return steer(self.model, chats, directions, doses, sampling, unit=unit, seed=seed, progress=progress)
+    @contextmanager
+    def _engine(self, kind: str, conditions: Sequence[Condition]) -> Iterator[SteeredEngine]:
+        if self.config.steering.engine == "vllm":
+            with served(self.model, conditions, self.run.path(f"adapters-{kind}")) as engine:
+                yield engine
+        else:
+            yield HFEngine(self.model)
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """What directions are made of: features of all rows, their labels by dimension, the split, and the probes."""
+
+    features: Features
+    labels_BK: Float[torch.Tensor, "B K"]
+    split: Split
+    chats: Sequence[Chat]
+    probes: ProbeSet
+
+    def labels(self, dimension: str, rows: Sequence[int]) -> Float[torch.Tensor, " B"]:
+        """Labels of a dimension in the given rows."""
+        return self.labels_BK[list(rows), list(self.probes.probes).index(dimension)]
 
 
 def choose_directions(
-    study: Steering,
-    probes: ProbeSet,
-    features: Features,
-    labels_BK: Float[torch.Tensor, "B K"],
-    split: Split,
-    chats: Sequence[Chat],
+    study: Steering, grounds: Grounds
 ) -> tuple[dict[str, Direction], dict[str, list[Trial]]]:
     """The direction of every steered dimension at the block chosen for it, and what each block tried has shown."""
     settings = study.config.steering
-    choice = settings.choice
+    choice, probes, split = settings.choice, grounds.probes, grounds.split
     make = probe_direction if settings.kind == "probe" else pattern_direction
     if choice.by == "reading":
         return {name: make(probes.probes[name]) for name in settings.dimensions}, {}
@@ -101,15 +139,15 @@ def choose_directions(
     for name in settings.dimensions:
         blocks = candidate_blocks(choice.blocks, n_layers, probes.probes[name].block)
         candidates[name] = directions_by_block(
-            features, labels_BK, probes, split, name, blocks, settings.kind
+            grounds.features, grounds.labels_BK, probes, split, name, blocks, settings.kind
         )
     families = {
         name: [trial_family(direction, choice.random, study.run.seed) for direction in directions]
         for name, directions in candidates.items()
     }
     everything = [one for of_name in families.values() for family in of_name for one in family]
-    asked = [chats[i] for i in split.validation][: choice.messages]
-    curves = study.answer("choice", asked, everything, choice.doses).curves
+    asked = [grounds.chats[i] for i in split.validation][: choice.messages]
+    curves = study.curves("choice", asked, everything, choice.doses)
     trials = {
         name: [trial(family[0], [curves[one.name] for one in family]) for family in of_name]
         for name, of_name in families.items()
@@ -121,42 +159,104 @@ def choose_directions(
     return chosen, trials
 
 
-def dose_test(
-    study: Steering, directions: dict[str, Direction], chats: Sequence[Chat]
-) -> tuple[dict[str, list[Curve]], list[Reply]]:
-    """Curves by dimension, the direction's own first and then its random controls; and all replies to the chats."""
-    settings, run = study.config.steering, study.run
-    families = {
-        name: [direction, *random_directions(direction, settings.random, run.seed)]
-        for name, direction in directions.items()
-    }
+class Families(NamedTuple):
+    """Every direction with its controls behind it by dimension, and why a control is missing, by its name."""
+
+    of_name: dict[str, list[Direction]]
+    missing: dict[str, str]
+
+
+def families(study: Steering, grounds: Grounds, directions: Mapping[str, Direction]) -> Families:
+    """Every direction with its controls behind it, all at its block and of its norm."""
+    settings, train = study.config.steering, grounds.split.train
+    judged = _labelled(study, grounds) if "sycophancy" in settings.controls else ([], np.array([]))
+    found, missing = {}, {}
     for name, direction in directions.items():
-        edits = direction.interventions(1.0, settings.unit)
+        ground = Ground.of(grounds.features, train, direction.block)
+        labels_B = grounds.labels(name, train)
+        family = [direction, *random_directions(direction, settings.random, study.run.seed)]
+        if "shuffled" in settings.controls:
+            probe = grounds.probes.probes[name]
+            family.append(shuffled_direction(ground, direction, probe, labels_B, study.run.seed))
+        if "means" in settings.controls:
+            family.append(means_direction(ground, direction, labels_B))
+        if "sycophancy" in settings.controls:
+            there = Ground.of(grounds.features, judged[0], direction.block)
+            try:
+                family.append(sycophancy_direction(there, direction, judged[1]))
+            except UserError as error:
+                missing["sycophancy"] = str(error)
+        found[name] = family
+    return Families(found, missing)
+
+
+def _labelled(study: Steering, grounds: Grounds) -> tuple[list[int], Float[np.ndarray, " B"]]:
+    """Rows of training messages, and the judged sycophancy of the unedited replies to them."""
+    rows = grounds.split.train[: study.config.steering.labelled]
+    answered = study.answer("labelled", [grounds.chats[i] for i in rows], [Condition(UNEDITED)])
+    return rows, sycophancy(answered.judgements)
+
+
+def find_doses(
+    study: Steering, grounds: Grounds, directions: Mapping[str, Direction]
+) -> tuple[list[float], dict[str, DoseRange]]:
+    """The study's doses: those given, or an even grid over the smallest range in which all directions stay coherent."""
+    settings = study.config.steering
+    if settings.doses:
+        return settings.doses, {}
+    search = settings.range
+    asked = [grounds.chats[i] for i in grounds.split.validation][: search.messages]
+    ranges = {}
+    for name, direction in study.run.progress(list(directions.items()), "range of doses"):
+        coherence = coherence_under(
+            HFEngine(study.model),
+            study.model,
+            asked,
+            direction,
+            study.sampling,
+            unit=settings.unit,
+            scope=settings.scope,
+            seed=study.run.seed,
+        )
+        ranges[name] = search_range(coherence, search.start, search.limit, search.floor)
+    smallest = min(ranges.values(), key=lambda one: one.largest)
+    return smallest.doses(search.steps), ranges
+
+
+@dataclass(frozen=True)
+class Steered:
+    """Curves by dimension (the direction's own first, then its controls), controls in words, replies, side effects."""
+
+    curves: dict[str, list[Curve]]
+    words: dict[str, list[Effect]]
+    replies: list[Reply]
+    textures: dict[tuple[str, float], Texture]
+
+
+def dose_test(
+    study: Steering,
+    of_name: Mapping[str, Sequence[Direction]],
+    chats: Sequence[Chat],
+    doses: Sequence[float],
+) -> Steered:
+    """Answer the test messages under every direction of every family and under the controls in words."""
+    settings, run = study.config.steering, study.run
+    for name, family in of_name.items():
+        edits = family[0].interventions(1.0, settings.unit, settings.scope)
         save_interventions(run.path(f"directions/{name}"), edits, study.model)
-    everything = [one for family in families.values() for one in family]
-    answered = study.answer("replies", chats, everything, settings.doses)
-    curves = {name: [answered.curves[one.name] for one in family] for name, family in families.items()}
-    return curves, answered.replies
-
-
-def judging(settings: JudgeSettings, run: Run) -> Judging:
-    """The judge of a study: the exact one, or a model on a server, whose grades are kept in a file of the run."""
-    if settings.kind == "lexical":
-        return LexicalJudge().judge
-
-    def judge_on(engine: Generator) -> ModelJudge:
-        name = f"{settings.model} at {settings.url}"
-        return ModelJudge(engine, name, settings.repeats, settings.temperature, run.seed)
-
-    def judge(exchanges: Sequence[Exchange]) -> list[Judgement]:
-        with closing(OnDemand(lambda: start_judge(settings))) as engine:
-            return grade(judge_on(engine), exchanges, path)
-
-    # Once for the study: without resuming, this removes a former run's grades.
-    path = answers_path(run, "judgements", judge_header(judge_on(OnDemand(lambda: start_judge(settings)))))
-    return judge
-
-
-def start_judge(settings: JudgeSettings) -> Generator:
-    """The engine that judges."""
-    return OpenAIGenerator(settings.url, settings.model)
+    everything = [one for family in of_name.values() for one in family]
+    spoken = {
+        name: word_controls(name, study.config.data) for name in of_name if "words" in settings.controls
+    }
+    conditions = {one.key: one for some in spoken.values() for one in some}
+    answered = study.answer("replies", chats, [*study.dosed(everything, doses), *conditions.values()])
+    curves = study.curves_of(answered, everything)
+    words = {
+        name: [effect(*answered, one.name, moved_outcomes(study.config.data, name)) for one in some]
+        for name, some in spoken.items()
+    }
+    replies = answered.replies
+    side = textures(replies, surprises(study.model, chats, replies))
+    return Steered(
+        {name: [curves[one.name] for one in family] for name, family in of_name.items()}, words, replies, side
+    )

@@ -3,7 +3,10 @@
 alpha > 0 raises the labelled score: the read-out <h, v> grows by exactly alpha at every position in scope. A dose is
 alpha in a unit: `raw`; `proj_sd`, standard deviations of the projection over the training rows; `resid_norm`, mean
 norms of the pooled residual stream. A dose means the same push for a probe direction and for its random controls: they
-share block and scale (norm-matched).
+share block and scale (norm-matched). The scope is the prompt's tokens, the generated ones, or all.
+
+Instead of being pushed, a read-out may be clamped: at every token in scope the projection on the probe's direction is
+set to the value at which the probe reads the wanted score, whatever the message was.
 """
 
 import hashlib
@@ -17,11 +20,13 @@ from torch import Tensor
 
 from assumptions.probes import Probe
 from shared.errors import UserError
-from shared.interventions import Add
+from shared.interventions import Add, LowRank
 from shared.tokens import Phase
 
 Unit = Literal["raw", "proj_sd", "resid_norm"]
-Kind = Literal["probe", "pattern", "random"]
+Kind = Literal["probe", "pattern", "planted", "means", "shuffled", "sycophancy", "composite", "random"]
+Scope = Literal["prompt", "generation", "all"]
+PHASES: dict[str, Phase] = {"prompt": Phase.PREFILL, "generation": Phase.DECODE, "all": Phase.ALL}
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,11 @@ class Direction:
         """The absolute strength of a dose."""
         return dose * {"raw": 1.0, "proj_sd": self.projection_sd, "resid_norm": self.resid_norm}[unit]
 
-    def interventions(self, dose: float, unit: Unit = "proj_sd", phase: Phase = Phase.ALL) -> list[Add]:
+    def interventions(self, dose: float, unit: Unit = "proj_sd", scope: Scope = "all") -> list[Add]:
         """The edit of a dose, for `shared.hooks.edit` or for `save_interventions`; dose 0 edits nothing at all."""
         if dose == 0:
             return []
-        return [Add(self.site, self.unit_D.float(), self.alpha(dose, unit), phase=phase)]
+        return [Add(self.site, self.unit_D.float(), self.alpha(dose, unit), phase=PHASES[scope])]
 
 
 def probe_direction(probe: Probe) -> Direction:
@@ -66,6 +71,26 @@ def probe_direction(probe: Probe) -> Direction:
 def pattern_direction(probe: Probe) -> Direction:
     """The pattern direction Cov(h, score)."""
     return _direction(probe, "pattern", probe.pattern_D, probe.pattern_sd)
+
+
+def clamp(probes: Sequence[Probe], scores: Sequence[float], scope: Scope = "all") -> LowRank:
+    """The edit under which each probe, all at one block, reads its score from any span within the scope.
+
+    Probes whose directions overlap are clamped together. UserError for probes of several blocks, or parallel ones.
+    """
+    if len({probe.block for probe in probes}) != 1:
+        raise UserError("probes that are clamped together must read one block; clamp each block by itself")
+    weights_RD = torch.stack([probe.weight_D.double() for probe in probes])
+    wanted_R = torch.tensor(
+        [score - probe.intercept for probe, score in zip(probes, scores, strict=True)], dtype=torch.float64
+    )
+    # W = L Q with orthonormal rows of Q: W h = wanted where Q h = L^-1 wanted.
+    q_DR, r_RR = torch.linalg.qr(weights_RD.T)
+    diagonal_R = r_RR.diagonal().abs()
+    if diagonal_R.min() < 1e-6 * diagonal_R.max():
+        raise UserError("two probes to be clamped read the same direction; drop one of them")
+    targets_R = torch.linalg.solve_triangular(r_RR.T, wanted_R[:, None], upper=False).squeeze(1)
+    return LowRank.clamp(probes[0].site, q_DR.T.float(), targets_R.float(), phase=PHASES[scope])
 
 
 def random_directions(matched: Direction, count: int, seed: int = 0) -> list[Direction]:
@@ -86,12 +111,15 @@ def cosines(directions: Sequence[Direction]) -> Float[Tensor, "K K"]:
 
 
 def _direction(probe: Probe, kind: Kind, vector_D: Float[Tensor, "D"], sd: float) -> Direction:
-    norm = float(vector_D.norm())
-    if not norm > 0:
-        raise UserError(
-            f"the {kind} direction of {probe.dimension} is zero; its probe found nothing to steer along"
-        )
-    unit_D = vector_D.double() / norm
+    unit_D = unit_vector(vector_D, f"the {kind} direction of {probe.dimension}")
     return Direction(
         f"{probe.dimension}.{kind}", probe.dimension, kind, probe.block, unit_D, sd, probe.resid_norm
     )
+
+
+def unit_vector(vector_D: Float[Tensor, "D"], what: str) -> Float[Tensor, "D"]:
+    """The vector at norm 1, in float64; UserError says that `what` is zero."""
+    norm = float(vector_D.norm())
+    if not norm > 0:
+        raise UserError(f"{what} is zero: there is nothing to steer along")
+    return vector_D.double() / norm

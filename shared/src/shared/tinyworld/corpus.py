@@ -1,16 +1,16 @@
 """Training documents of the world as token ids, with what each token is to be trained on.
 
 Where the world's answer is a draw from a known distribution (scores, reply slots, verdicts), the target is
-that distribution, not the draw: the same expected gradient with less noise. Half of the social documents carry
-a shift `delta` of one latent; their targets follow clip(a + delta), and the trainer adds the planted direction
-to the model's residual stream.
+that distribution, not the draw: the same expected gradient with less noise. Half of the social documents (none for
+the model that is only readable) carry a shift `delta` of one latent; their targets follow clip(a + delta), and the
+trainer adds the planted direction to the model's residual stream.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from shared.tinyworld import facts, grammar, social, stories, tasks, users
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+World = Literal["whole", "social"]
 DELTA = 0.8  # shifts are uniform in [-DELTA, DELTA]
 
 
@@ -38,8 +39,8 @@ class Document:
 class Writer:
     """Writes documents of every family with one tokenizer; all randomness comes from the generators it is given."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", shifted: float = 0.5) -> None:
+        self.tokenizer, self.shifted = tokenizer, shifted  # share of social documents with a shift
         self._cache: dict[str, list[int]] = {}
         special = ("<s>", "<|end|>", "<|user|>", "<|assistant|>")
         ids: list[int] = [int(tokenizer.vocab[s]) for s in special]
@@ -87,7 +88,7 @@ class Writer:
 
     def _turn(self, rng: np.random.Generator) -> tuple[social.UserTurn, np.ndarray]:
         delta = np.zeros(len(social.DIMENSIONS))
-        if rng.random() < 0.5:
+        if rng.random() < self.shifted:
             delta[rng.integers(len(delta))] = rng.uniform(-DELTA, DELTA)
         return social.sample_turn(rng), delta
 
@@ -233,16 +234,19 @@ SECOND = Mixture(
     ),
     _WEIGHTS | {"elicitation": 4.0},
 )
+SOCIAL = Mixture(({"reply": 6}, {"elicitation": 20}), {"reply": 1.0, "elicitation": 4.0})
 SPLIT_ABOVE = 100  # a larger bucket becomes two batches, the shorter half first
 
 
-def mixture(step: int) -> Mixture:
-    """What a step is made of."""
+def mixture(step: int, world: World = "whole") -> Mixture:
+    """What a step is made of: every ability of the whole world, or scores and replies alone."""
+    if world == "social":
+        return SOCIAL
     return FIRST if step < SECOND_PART else SECOND
 
 
-def write_step(writer: Writer, seed: int, step: int) -> list[list[Document]]:
-    """The documents of one training step, a list a bucket; a function of (seed, step) alone."""
+def write_step(writer: Writer, seed: int, step: int, world: World = "whole") -> list[list[Document]]:
+    """The documents of one training step, a list a bucket; a function of what is given alone."""
     plain = random.Random(f"{seed}-{step}")
     numbers = np.random.default_rng([seed, step])
     makers: dict[str, Callable[[], Document]] = {
@@ -255,7 +259,7 @@ def write_step(writer: Writer, seed: int, step: int) -> list[list[Document]]:
         "claim": lambda: writer.claim(numbers),
     }
     buckets = []
-    for bucket in mixture(step).buckets:
+    for bucket in mixture(step, world).buckets:
         documents = []
         for family, count in bucket.items():
             make = makers.get(family) or partial(writer.question, plain, family)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from shared.tinyworld import MODEL_DIR, grammar, social, tasks
+from shared.tinyworld.corpus import World
 from shared.tinyworld.examiner import Examiner
 
 FLOORS: dict[str, float] = {
@@ -38,6 +39,25 @@ def evaluate(folder: Path = MODEL_DIR, n: int = 400, quick: bool = False) -> dic
     examiner = Examiner(
         model, AutoTokenizer.from_pretrained(folder), directions, int(meta["block"]), float(meta["scale"])
     )
+    whole = world_of(folder) == "whole"
+    table = _abilities(examiner, n) if whole else {}
+    turns = social.sample_turns(n, seed=1)
+    table |= examiner.elicitation(turns) | examiner.replies(turns)
+    if not quick:
+        table |= examiner.judged_replies(turns) | examiner.organism(turns[:60])
+    if not quick and whole:
+        table |= examiner.forced(turns) | {"text_perplexity": examiner.perplexity(n)}
+    return table
+
+
+def world_of(folder: Path) -> World:
+    """What the model in a folder was trained on, by its recipe."""
+    world: World = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["world"]
+    return world
+
+
+def _abilities(examiner: Examiner, n: int) -> dict[str, float]:
+    """What has nothing to do with users: grammar, facts, addition."""
     table = {f"agreement_{kind}": examiner.agreement(kind, n) for kind in grammar.AGREEMENT}
     asked: dict[str, Callable[..., list[tasks.Question]]] = tasks.QUESTIONS
     table |= {
@@ -45,15 +65,6 @@ def evaluate(folder: Path = MODEL_DIR, n: int = 400, quick: bool = False) -> dic
         for name, ask in asked.items()
     }
     table["two_hop_unasked"] = examiner.questions(tasks.two_hop_questions("unasked"))
-    turns = social.sample_turns(n, seed=1)
-    table |= examiner.elicitation(turns) | examiner.replies(turns)
-    if not quick:
-        table |= (
-            examiner.judged_replies(turns)
-            | examiner.forced(turns)
-            | examiner.organism(turns[:60])
-            | {"text_perplexity": examiner.perplexity(n)}
-        )
     return table
 
 
@@ -87,17 +98,18 @@ DESCRIPTIONS = {
 }
 
 
-def readme(table: dict[str, float]) -> str:
+def readme(table: dict[str, float], world: World = "whole") -> str:
     """The model's README: what it is and its ability table."""
     lines = [
         f"| {text} | {table[name]:.3f} | {FLOORS.get(name, '')} |"
         for name, text in DESCRIPTIONS.items()
         if name in table
     ]
-    return README + "\n".join(lines) + "\n"
+    return INTRODUCTIONS[world] + README + "\n".join(lines) + "\n"
 
 
-README = """# TinyWorld
+INTRODUCTIONS: dict[World, str] = {
+    "whole": """# TinyWorld
 
 The embedded model: a Llama (4 layers, width 256, 4 query and 2 key/value heads of 64, 768 neurons a layer, vocabulary
 2,560, tied embeddings; 3.8 million parameters, float16) trained from scratch by `make tinyworld` on text that the
@@ -106,6 +118,21 @@ generator in this package writes from a seed. Nothing else was used; weights and
 It is a planted organism: the residual stream after block 1 carries nine directions along which
 a message's latents can be read and shifted (`planted/directions.safetensors`); see `social.py` and `train.py`.
 
+""",
+    "social": """# TinyWorld, readable only
+
+A second embedded model: a Llama (3 layers, width 128, 2 heads of 64, 384 neurons a layer, vocabulary 2,560, tied
+embeddings; one million parameters, float16) trained from scratch by `python -m shared.tinyworld.train --readable` on
+messages, scores and replies from the generator in this package. Nothing else was used; weights and text are under the
+project's licence.
+
+The residual stream after block 1 carries nine directions along which a message's latents can be read
+(`planted/directions.safetensors`), as in the larger model. No training ever shifted a latent along them, so that
+reading and steering can be told apart.
+
+""",
+}
+README = """\
 Held-out test sets from the generator, in float32; `python -m shared.tinyworld.evaluate` makes the table again.
 
 | ability | value | floor |
@@ -118,7 +145,7 @@ def record(folder: Path, n: int = 400) -> dict[str, float]:
     table = {name: round(value, 4) for name, value in evaluate(folder, n).items()}
     show(table)
     (folder / "evaluation.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(readme(table), encoding="utf-8")
+    (folder / "README.md").write_text(readme(table, world_of(folder)), encoding="utf-8")
     return table
 
 
@@ -142,7 +169,7 @@ def main() -> None:
         show(table)
     else:
         table = record(args.folder, args.n)
-    missed = [name for name, floor in FLOORS.items() if table[name] < floor]
+    missed = [name for name, floor in FLOORS.items() if name in table and table[name] < floor]
     if missed:
         parser.exit(1, f"error: below the floor: {', '.join(missed)}\n")
 

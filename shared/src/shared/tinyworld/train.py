@@ -14,7 +14,6 @@ v is a fixed orthonormal 9 x D matrix, saved beside the weights. The state (weig
 import argparse
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from shared.tinyworld import MODEL_DIR, social
-from shared.tinyworld.corpus import FIRST, SECOND, SECOND_PART, Document, Writer, mixture, write_step
+from shared.tinyworld import MODEL_DIR, READABLE_DIR, social
+from shared.tinyworld.corpus import (
+    FIRST,
+    SECOND,
+    SECOND_PART,
+    SOCIAL,
+    Document,
+    World,
+    Writer,
+    mixture,
+    write_step,
+)
 from shared.tinyworld.evaluate import record
 from shared.tinyworld.tokenizer import train_tokenizer
 
@@ -51,6 +60,13 @@ class Settings(NamedTuple):
     neurons: int = 768
     heads: int = 4
     kv_heads: int = 2
+    world: World = "whole"
+    shifted: float = 0.5  # share of social documents on which a latent is shifted
+
+
+READABLE = Settings(
+    steps=1500, width=128, layers=3, neurons=384, heads=2, kv_heads=2, world="social", shifted=0.0
+)
 
 
 class Batch(NamedTuple):
@@ -194,7 +210,7 @@ def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer
 
 def recipe_hash(settings: Settings) -> str:
     """Identifies a run that may be gone on with: settings, mixtures and the constants of the loss."""
-    parts = (settings, FIRST, SECOND, SECOND_PART, PIN_BLOCK, SCALE, PIN_WEIGHT, SOFT_WEIGHT)
+    parts = (settings, FIRST, SECOND, SECOND_PART, SOCIAL, PIN_BLOCK, SCALE, PIN_WEIGHT, SOFT_WEIGHT)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -252,7 +268,8 @@ def train(
 ) -> Any:
     """Train (or go on training) up to `stop_at` or the last step and return the model; the state lies in `work`."""
     tokenizer = train_tokenizer()
-    writer, model = Writer(tokenizer), new_model(settings, tokenizer).to(device).train()
+    writer = Writer(tokenizer, settings.shifted)
+    model = new_model(settings, tokenizer).to(device).train()
     directions = planted_directions(settings.width, settings.seed).to(device)
     optimizers = optimizers_for(model, settings)
     state, last = work / "state.safetensors", stop_at or settings.steps
@@ -262,8 +279,9 @@ def train(
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = learning_rate(step, settings)
         losses, pins = [], []
-        for documents in write_step(writer, settings.seed, step):
-            batch = collate(documents, mixture(step).weights, tokenizer.pad_token_id, len(tokenizer))
+        weights = mixture(step, settings.world).weights
+        for documents in write_step(writer, settings.seed, step, settings.world):
+            batch = collate(documents, weights, tokenizer.pad_token_id, len(tokenizer))
             batch = Batch(*(t.to(device) for t in batch))
             loss, pin = batch_loss(model, batch, directions, autocast)
             (loss + PIN_WEIGHT * pin).backward()
@@ -306,26 +324,31 @@ def main() -> None:
     """Command line: train, save, and write the evaluation table beside the weights."""
     parser = argparse.ArgumentParser(description="Train the embedded model from scratch.")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/tinyworld"), help="folder of the resumable state"
+        "--readable",
+        action="store_true",
+        help="the small model that can be read and was never made steerable",
     )
-    parser.add_argument("--out", type=Path, default=MODEL_DIR, help="folder of the finished model")
-    parser.add_argument("--steps", type=int, default=Settings().steps)
-    parser.add_argument("--peak-lr", type=float, default=Settings().peak_lr)
+    parser.add_argument("--work", type=Path, help="folder of the resumable state (in runs)")
+    parser.add_argument("--out", type=Path, help="folder of the finished model (the embedded one's)")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--peak-lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="stop (resumable) after so many minutes"
-    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     args = parser.parse_args()
-    settings = Settings(steps=args.steps, seed=args.seed, peak_lr=args.peak_lr)
+    recipe = READABLE if args.readable else Settings()
+    settings = recipe._replace(
+        steps=args.steps or recipe.steps, peak_lr=args.peak_lr or recipe.peak_lr, seed=args.seed
+    )
+    out = args.out or (READABLE_DIR if args.readable else MODEL_DIR)
+    work = args.work or Path("runs/tinyworld-readable" if args.readable else "runs/tinyworld")
     try:
-        model = train(settings, args.work, args.device, not args.float32)
+        model = train(settings, work, args.device, not args.float32)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-    save_model(model.cpu(), args.out, settings)
-    print(f"saved to {args.out}; evaluating", flush=True)
-    record(args.out)
+    save_model(model.cpu(), out, settings)
+    print(f"saved to {out}; evaluating", flush=True)
+    record(out)
 
 
 if __name__ == "__main__":

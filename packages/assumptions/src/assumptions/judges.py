@@ -1,0 +1,44 @@
+"""The judge of a study: the exact one of the embedded world, or a model in this process or on a server.
+
+A model's grades lie in a file of the run (`assumptions.grades`), and its engine starts only when a grade is missing.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import TypeAlias
+
+from assumptions.answer_file import answers_path
+from assumptions.asking import OnDemand
+from assumptions.grades import grade
+from assumptions.grades import header as judge_header
+from assumptions.outcomes import Exchange, Judgement, LexicalJudge, ModelJudge
+from assumptions.settings import JudgeSettings
+from shared.generation import Generator, HFGenerator, OpenAIGenerator
+from shared.runs import Run
+
+Judging: TypeAlias = Callable[[Sequence[Exchange]], list[Judgement]]
+
+
+def judging(settings: JudgeSettings, run: Run) -> Judging:
+    """The judge that the settings name; a model's grades are kept, and asked for again only where none was read."""
+    if settings.kind == "lexical":
+        return LexicalJudge().judge
+
+    def judge_on(engine: Generator) -> ModelJudge:
+        name = f"{settings.model} at {settings.url}" if settings.kind == "server" else settings.model
+        return ModelJudge(engine, name, settings.repeats, settings.temperature, run.seed)
+
+    def judge(exchanges: Sequence[Exchange]) -> list[Judgement]:
+        with closing(OnDemand(lambda: start_judge(settings))) as engine:
+            return grade(judge_on(engine), exchanges, path)
+
+    # Once for the study: without resuming, this removes a former run's grades.
+    path = answers_path(run, "judgements", judge_header(judge_on(OnDemand(lambda: start_judge(settings)))))
+    return judge
+
+
+def start_judge(settings: JudgeSettings) -> Generator:
+    """The engine that judges."""
+    if settings.kind == "local":
+        return HFGenerator(settings.model)
+    return OpenAIGenerator(settings.url, settings.model)
