@@ -16,11 +16,11 @@ def test_snippets_run_and_leave_no_autograd_graph(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     snippets = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) >= 3
     for snippet in snippets:
         exec(compile(snippet, str(DOCS), "exec"), names)
     tensors = {name: value for name, value in names.items() if isinstance(value, torch.Tensor)}
     assert {"logits", "scores"} <= set(tensors)
     assert not [name for name, tensor in tensors.items() if tensor.requires_grad]
     assert (tmp_path / "circuit.html").exists()
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) >= 2

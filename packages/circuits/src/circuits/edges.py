@@ -49,18 +49,25 @@ class Neurons:
 class DirectEffects:
     """Direct effects on S targets (the n neurons in order, then the K logits) of one example.
 
-    `neuron_Sn` are the wanted sources; `layer_SL` is the in-flow from *all* neurons of each layer, so that
-    `layer_SL.sum(-1) - neuron_Sn.sum(-1)` is what unwanted neurons send. `own_S` is the target's own bias.
+    `unit_Sn` is the effect of one unit of a wanted source, `neuron_Sn` that of its activation; `layer_SL` is the
+    in-flow from *all* neurons of each layer, so that `layer_SL.sum(-1) - neuron_Sn.sum(-1)` is what unwanted neurons
+    send. `own_S` is the target's own bias.
     """
 
     value_S: Float[Tensor, " S"]
-    neuron_Sn: Float[Tensor, "S n"]
+    source_n: Float[Tensor, " n"]
+    unit_Sn: Float[Tensor, "S n"]
     embed_ST: Float[Tensor, "S T"]
     position_ST: Float[Tensor, "S T"]
     attn_bias_SLT: Float[Tensor, "S L T"]
     mlp_bias_SLT: Float[Tensor, "S L T"]
     own_S: Float[Tensor, " S"]
     layer_SL: Float[Tensor, "S L"]
+
+    @property
+    def neuron_Sn(self) -> Float[Tensor, "S n"]:
+        """Direct effect of every wanted source: its activation times the effect of one unit."""
+        return self.unit_Sn * self.source_n
 
     def inflow(self) -> Float[Tensor, " S"]:
         """Return the sum over all sources of each target, which equals its value (digest I2)."""
@@ -96,7 +103,7 @@ class _Sweep:
         self.g_STD = network.seed(metric)[0]
         self.targets = torch.arange(n, n + n_targets, device=self.g_STD.device)
         new = self.g_STD.new_zeros
-        self.neuron_Sn = new(n + n_targets, n)
+        self.unit_Sn = new(n + n_targets, n)
         self.attn_bias_SLT = new(n + n_targets, n_layers, n_positions)
         self.mlp_bias_SLT = new(n + n_targets, n_layers, n_positions)
         self.layer_SL = new(n + n_targets, n_layers)
@@ -125,8 +132,8 @@ class _Sweep:
         for position in self.neurons.position_n[wanted].unique().tolist():
             sources = wanted[self.neurons.position_n[wanted] == position]
             index = self.neurons.index_n[sources]
-            effect_Sn = pulled_STD[:, position] @ block.weights.down_DN[:, index]
-            self.neuron_Sn[self.targets[:, None], sources] = effect_Sn * block.neurons_BTN[0, position, index]
+            unit_Sn = pulled_STD[:, position] @ block.weights.down_DN[:, index]
+            self.unit_Sn[self.targets[:, None], sources] = unit_Sn
 
     def _read_attention_bias(self, block: FrozenBlock, layer: int) -> None:
         bias_ST = torch.einsum("std,td->st", self.g_STD, block.attention_bias()[0])
@@ -154,7 +161,8 @@ class _Sweep:
         position_TD = torch.zeros_like(embed_TD) if network.position_BTD is None else network.position_BTD[0]
         return DirectEffects(
             value_S=self.value_S,
-            neuron_Sn=self.neuron_Sn,
+            source_n=self.value_S[: len(self.neurons)],
+            unit_Sn=self.unit_Sn,
             embed_ST=torch.einsum("std,td->st", g_STD, embed_TD - position_TD),
             position_ST=torch.einsum("std,td->st", g_STD, position_TD),
             attn_bias_SLT=self.attn_bias_SLT,

@@ -7,7 +7,9 @@ clean:
     completeness  c(C) = (m(M \\ C) - m(0)) / (m(M) - m(0))    ideal 0
 
 The headline is the paper's ratio of means over examples; its interval resamples examples. `CurvePoint` keeps the
-values of every example, so that other summaries (median of ratios, CPR, CMD) need no new runs.
+values of every example, so that other summaries (median of ratios, the gap m(M) - m(0), CPR and CMD in
+`circuits.areas`) need no new runs. Sizes are fixed on training data: `smallest_size` of a training curve, then the
+test curve at that size.
 """
 
 from collections.abc import Sequence
@@ -46,6 +48,10 @@ class CurvePoint:
     def completeness(self, seed: int = 0) -> Interval:
         """Return the ratio of means of the model without the circuit, with its interval."""
         return _ratio(self.rest_B, self.full_B, self.empty_B, seed)
+
+    def gap(self, seed: int = 0) -> Interval:
+        """Return the mean of m(M) - m(0), the denominator of both ratios: where it is small they explode."""
+        return bootstrap_interval((self.full_B - self.empty_B).double().cpu().numpy(), seed=seed)
 
     def per_example(self) -> Float[Tensor, "2 B"]:
         """Return faithfulness and completeness of every example (unstable where full - empty is small)."""
@@ -93,3 +99,17 @@ def curve(
     """Return the values of the top-k circuits by absolute score; one score tensor for all examples, or one each."""
     circuits = [torch.stack([top_nodes(row, size) for row in scores_BLTN]) for size in sizes]
     return evaluate(model, batch, metric, circuits, reference_BLTN)
+
+
+def smallest_size(
+    points: Sequence[CurvePoint], faithfulness: float = 0.9, completeness: float | None = None
+) -> int | None:
+    """Return the smallest size whose estimates reach the targets (completeness: at most), or None where none does.
+
+    Call it on training data and report the test value at that size: a size read off the test curve is optimistic.
+    """
+    for point in sorted(points, key=lambda point: point.size):
+        complete = completeness is None or point.completeness().estimate <= completeness
+        if point.faithfulness().estimate >= faithfulness and complete:
+            return point.size
+    return None

@@ -2,7 +2,8 @@
 
 `m(C)` runs the prompt while every node outside C is set to its reference value, layer by layer inside one forward
 pass, so that kept nodes still react to what was ablated before them. The reference is zero, a mean over
-counterfactual prompts for each position, or another run's activations (resampling).
+counterfactual prompts for each position, or another run's activations (resampling): `make_reference` by name.
+Conclusions change with it (digest 1.8), so report more than one.
 """
 
 from dataclasses import dataclass
@@ -76,12 +77,14 @@ def run_pathway(
 
 def mean_reference(model: "Model", batch: "TokenBatch") -> Float[Tensor, "1 L T N"]:
     """Return every neuron's mean over the batch at each position; all rows must have the same length."""
+    _one_length(batch, "a mean for each position")
+    return neuron_activations(model, batch).mean(0, keepdim=True)
+
+
+def _one_length(batch: "TokenBatch", what: str) -> None:
     lengths = sorted(set(batch.attention_mask_BT.sum(-1).tolist()))
     if len(lengths) > 1:
-        raise UserError(
-            f"a mean for each position needs prompts of one length, got lengths {lengths}: group them first"
-        )
-    return neuron_activations(model, batch).mean(0, keepdim=True)
+        raise UserError(f"{what} needs prompts of one length, got lengths {lengths}: group them first")
 
 
 def zero_reference(model: "Model") -> Float[Tensor, "1 L 1 N"]:
@@ -89,3 +92,32 @@ def zero_reference(model: "Model") -> Float[Tensor, "1 L 1 N"]:
     architecture = model.architecture
     shape = (1, architecture.n_layers, 1, architecture.n_neurons)
     return torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+
+def resample_reference(
+    model: "Model", batch: "TokenBatch", n_rows: int, seed: int = 0
+) -> Float[Tensor, "n_rows L T N"]:
+    """Return, for each of n_rows examples, the activations of one prompt of the batch, drawn with replacement."""
+    _one_length(batch, "another prompt's activations")
+    acts_BLTN = neuron_activations(model, batch)
+    drawn_B = torch.randint(len(acts_BLTN), (n_rows,), generator=torch.Generator().manual_seed(seed))
+    return acts_BLTN[drawn_B.to(acts_BLTN.device)]
+
+
+REFERENCES = ("mean", "zero", "resample")
+
+
+def make_reference(
+    model: "Model", kind: str, counterfactual: "TokenBatch", n_rows: int = 1, seed: int = 0
+) -> Float[Tensor, "#n_rows L #T N"]:
+    """Return what ablated neurons are set to: one of REFERENCES, taken from counterfactual prompts of one length.
+
+    `resample` draws one of them for each of n_rows examples; mean and zero are the same for all.
+    """
+    if kind == "mean":
+        return mean_reference(model, counterfactual)
+    if kind == "zero":
+        return zero_reference(model)
+    if kind == "resample":
+        return resample_reference(model, counterfactual, n_rows, seed)
+    raise UserError(f"unknown reference {kind!r}; there are: {', '.join(REFERENCES)}")
