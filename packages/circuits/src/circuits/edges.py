@@ -5,23 +5,30 @@ OV circuits stay open, and `weight(s -> t) = a_s * da_t/da_s` in the frozen netw
 
 1. a target neuron starts as the row `c (p W_g + q W_u)` at its position, on the stream its MLP reads; a logit target
    starts at the top;
-2. going down, each block applies its attention step only; the batch grows by the targets of each block passed;
+2. going down, each block applies its attention step only; the targets of each block passed join in;
 3. at the output of each block, the weights of the wanted sources are inner products with their write directions, and
    one inner product a position gives the in-flow from all of the block's neurons together, wanted or not;
 4. at the bottom the embeddings are read; biases are read on the way.
 
+Time is linear in the targets, and memory is bounded: targets are independent, so they go down in groups whose
+cotangents fit `max_bytes`. Nothing after a target's token can reach it, so a group of early targets sees a short prompt.
+
 For every target, embeddings + biases + all neurons = the activation (or the logit): digest I2.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.frozen import FrozenNetwork
-from circuits.layers import FrozenBlock
+from circuits.layers import FrozenBlock, FrozenNorm
 from circuits.metric import Metric
+
+
+COPIES = 6  # cotangents alive at once in an attention step: the stream, heads, values and their products
 
 
 @dataclass(frozen=True)
@@ -80,96 +87,144 @@ class DirectEffects:
         return self.layer_SL.sum(-1) - self.neuron_Sn.sum(-1)
 
 
-def direct_effects(network: FrozenNetwork, neurons: Neurons, metric: Metric) -> DirectEffects:
+def direct_effects(
+    network: FrozenNetwork, neurons: Neurons, metric: Metric, max_bytes: int = 1 << 30
+) -> DirectEffects:
     """Return all direct effects among `neurons`, and on the metric's targets, of a network with one example.
 
-    Time is one attention-only sweep of n + K cotangents; memory is their T x D rows.
+    Targets are swept in groups whose cotangents take at most about `max_bytes` (at least one target a group).
     """
-    seeds = _Sweep(network, neurons, metric)
-    for layer in reversed(range(len(network.blocks))):
-        seeds.pass_block(layer)
-    return seeds.finish()
+    if len(network.embed_BTD) != 1:
+        raise ValueError("edges are traced one example at a time: use network.row(index)")
+    effects = _no_effects(network, neurons, metric)
+    position_S = torch.cat([neurons.position_n, metric.positions_BK[0]])
+    row_bytes = COPIES * network.embed_BTD.shape[2] * network.embed_BTD.element_size()
+    for targets, stop in _groups(position_S, max_bytes // row_bytes):
+        _Sweep(_prefix(network, stop), neurons, metric, targets, effects).run()
+    return effects
+
+
+def _no_effects(network: FrozenNetwork, neurons: Neurons, metric: Metric) -> DirectEffects:
+    n, n_targets = len(neurons), metric.positions_BK.shape[1]
+    n_layers, n_positions = len(network.blocks), network.embed_BTD.shape[1]
+    new = network.embed_BTD.new_zeros
+    source_n = new(n)
+    for layer, block in enumerate(network.blocks):
+        here = neurons.layer_n == layer
+        source_n[here] = block.neurons_BTN[0, neurons.position_n[here], neurons.index_n[here]]
+    return DirectEffects(
+        value_S=torch.cat([source_n, metric.value(network.logits_BTV)[0]]),
+        source_n=source_n,
+        unit_Sn=new(n + n_targets, n),
+        embed_ST=new(n + n_targets, n_positions),
+        position_ST=new(n + n_targets, n_positions),
+        attn_bias_SLT=new(n + n_targets, n_layers, n_positions),
+        mlp_bias_SLT=new(n + n_targets, n_layers, n_positions),
+        own_S=torch.cat([new(n), network.logit_bias(metric)[0]]),
+        layer_SL=new(n + n_targets, n_layers),
+    )
+
+
+def _groups(position_S: Tensor, max_rows: int) -> Iterator[tuple[Tensor, int]]:
+    """Yield groups of targets, the latest first, with the tokens they see; at most max_rows of targets times tokens."""
+    order, start = position_S.argsort(descending=True), 0
+    while start < len(order):
+        stop = int(position_S[order[start]]) + 1
+        size = max(1, max_rows // stop)
+        yield order[start : start + size], stop
+        start += size
+
+
+def _prefix(network: FrozenNetwork, stop: int) -> FrozenNetwork:
+    """Return the network of the first `stop` tokens: later ones cannot act on them."""
+    if stop == network.embed_BTD.shape[1]:
+        return network
+    earlier_T = torch.arange(network.embed_BTD.shape[1], device=network.real_BT.device) < stop
+    return replace(network, real_BT=network.real_BT & earlier_T).row(0)
 
 
 class _Sweep:
-    """The growing batch of cotangents g (S T D), logit targets first, and the columns filled on the way down."""
+    """A group of targets going down: their cotangents g (S T D), the latest layers first, and the columns they fill."""
 
-    def __init__(self, network: FrozenNetwork, neurons: Neurons, metric: Metric) -> None:
-        if len(network.embed_BTD) != 1:
-            raise ValueError("edges are traced one example at a time: use network.row(index)")
-        self.network, self.neurons = network, neurons
-        n, n_targets, n_layers = len(neurons), metric.weights_BKV.shape[1], len(network.blocks)
-        n_positions = network.embed_BTD.shape[1]
-        self.g_STD = network.seed(metric)[0]
-        self.targets = torch.arange(n, n + n_targets, device=self.g_STD.device)
-        new = self.g_STD.new_zeros
-        self.unit_Sn = new(n + n_targets, n)
-        self.attn_bias_SLT = new(n + n_targets, n_layers, n_positions)
-        self.mlp_bias_SLT = new(n + n_targets, n_layers, n_positions)
-        self.layer_SL = new(n + n_targets, n_layers)
-        self.own_S, self.value_S = new(n + n_targets), new(n + n_targets)
-        self.own_S[n:] = network.logit_bias(metric)[0]
-        self.value_S[n:] = metric.value(network.logits_BTV)[0]
+    def __init__(
+        self, network: FrozenNetwork, neurons: Neurons, metric: Metric, targets: Tensor, effects: DirectEffects
+    ) -> None:
+        self.network, self.neurons, self.effects = network, neurons, effects
+        n, (_, self.n_positions, width) = len(neurons), network.embed_BTD.shape
+        n_targets, n_layers = metric.positions_BK.shape[1], len(network.blocks)
+        self.layer_S = torch.cat([neurons.layer_n, neurons.layer_n.new_full((n_targets,), n_layers)])
+        self.targets = targets[self.layer_S[targets].argsort(descending=True)]
+        self.all_STD = network.embed_BTD.new_zeros(len(targets), self.n_positions, width)
+        logits = self.targets[self.targets >= n] - n
+        self.active = len(logits)
+        if self.active:
+            chosen = replace(
+                metric,
+                weights_BKV=metric.weights_BKV[:, logits],
+                positions_BK=metric.positions_BK[:, logits],
+            )
+            self.all_STD[: self.active] = network.seed(chosen)[0]
 
-    def pass_block(self, layer: int) -> None:
+    @property
+    def g_STD(self) -> Float[Tensor, "S T D"]:
+        """The cotangents of the targets that have joined."""
+        return self.all_STD[: self.active]
+
+    def run(self) -> None:
+        """Walk all blocks from the last to the first, then read the embeddings."""
+        for layer in reversed(range(len(self.network.blocks))):
+            self._pass_block(layer)
+        embed_TD, learned_BTD = self.network.embed_BTD[0], self.network.position_BTD
+        position_TD = torch.zeros_like(embed_TD) if learned_BTD is None else learned_BTD[0]
+        seen = slice(self.n_positions)
+        self.effects.embed_ST[self.targets, seen] = self._read(embed_TD - position_TD)
+        self.effects.position_ST[self.targets, seen] = self._read(position_TD)
+
+    def _pass_block(self, layer: int) -> None:
         """Read the sources of this block, then let its own targets join, then step through its attention."""
         block = self.network.blocks[layer]
-        wanted = (self.neurons.layer_n == layer).nonzero()[:, 0]
-        self._read_neurons(block, layer, wanted)
+        self._read_mlp(block, layer)
         if not block.parallel:
-            self._join(block, wanted)
-        self._read_attention_bias(block, layer)
-        self.g_STD = self.g_STD + block.attention_transpose(self.g_STD[None])[0]
+            self._join(block, layer)
+        if self.active:
+            joined, seen = self.targets[: self.active], slice(self.n_positions)
+            self.effects.attn_bias_SLT[joined, layer, seen] = self._read(block.attention_bias()[0])
+            self.all_STD[: self.active] += block.attention_transpose(self.g_STD[None])[0]
         if block.parallel:
-            self._join(block, wanted)
+            self._join(block, layer)
 
-    def _read_neurons(self, block: FrozenBlock, layer: int, wanted: Tensor) -> None:
-        pulled_STD = block.mlp_post.transpose(self.g_STD[None])[0]
-        raw_TD = block.neurons_BTN[0] @ block.weights.down_DN.T
-        self.layer_SL[self.targets, layer] = torch.einsum("std,td->s", pulled_STD, raw_TD)
-        mlp_bias_ST = torch.einsum("std,td->st", self.g_STD, block.mlp_bias()[0])
-        self.mlp_bias_SLT[self.targets, layer] = mlp_bias_ST
-        for position in self.neurons.position_n[wanted].unique().tolist():
-            sources = wanted[self.neurons.position_n[wanted] == position]
-            index = self.neurons.index_n[sources]
-            unit_Sn = pulled_STD[:, position] @ block.weights.down_DN[:, index]
-            self.unit_Sn[self.targets[:, None], sources] = unit_Sn
+    def _read(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "S T"]:
+        return torch.einsum("std,td->st", self.g_STD, x_TD)
 
-    def _read_attention_bias(self, block: FrozenBlock, layer: int) -> None:
-        bias_ST = torch.einsum("std,td->st", self.g_STD, block.attention_bias()[0])
-        self.attn_bias_SLT[self.targets, layer] = bias_ST
-
-    def _join(self, block: FrozenBlock, wanted: Tensor) -> None:
-        """Add this block's target neurons as one-hot cotangents pulled back to the stream their MLP reads."""
-        if not len(wanted):
+    def _read_mlp(self, block: FrozenBlock, layer: int) -> None:
+        if not self.active:
             return
-        position, index = self.neurons.position_n[wanted], self.neurons.index_n[wanted]
-        row_nD = _input_rows(block, position, index)
-        seed_nTD = self.g_STD.new_zeros(len(wanted), *self.g_STD.shape[1:])
-        seed_nTD[torch.arange(len(wanted), device=position.device), position] = row_nD
-        self.g_STD = torch.cat([self.g_STD, seed_nTD])
-        self.targets = torch.cat([self.targets, wanted])
-        self.own_S[wanted] = block.neuron_bias()[0, position, index]
-        self.value_S[wanted] = block.neurons_BTN[0, position, index]
+        joined, neurons, effects = self.targets[: self.active], self.neurons, self.effects
+        written_TD = block.write_forward(block.neurons_BTN[:, None], bias=False)[0, 0]
+        effects.layer_SL[joined, layer] = self._read(written_TD).sum(-1)
+        effects.mlp_bias_SLT[joined, layer, : self.n_positions] = self._read(block.mlp_bias()[0])
+        here = (neurons.layer_n == layer) & (neurons.position_n < self.n_positions)
+        for position in neurons.position_n[here].unique().tolist():
+            sources = (here & (neurons.position_n == position)).nonzero()[:, 0]
+            raw_nD = block.weights.down_DN[:, neurons.index_n[sources]].T
+            write_nD = _at(block.mlp_post, neurons.position_n[sources]).forward(raw_nD[None, None], shift=False)
+            effects.unit_Sn[joined[:, None], sources] = self.g_STD[:, position] @ write_nD[0, 0].T
 
-    def finish(self) -> DirectEffects:
-        """Read the embeddings with what is left at the bottom."""
-        network, order = self.network, torch.empty_like(self.targets)
-        order[self.targets] = torch.arange(len(self.targets), device=self.targets.device)
-        g_STD = self.g_STD[order]
-        embed_TD = network.embed_BTD[0]
-        position_TD = torch.zeros_like(embed_TD) if network.position_BTD is None else network.position_BTD[0]
-        return DirectEffects(
-            value_S=self.value_S,
-            source_n=self.value_S[: len(self.neurons)],
-            unit_Sn=self.unit_Sn,
-            embed_ST=torch.einsum("std,td->st", g_STD, embed_TD - position_TD),
-            position_ST=torch.einsum("std,td->st", g_STD, position_TD),
-            attn_bias_SLT=self.attn_bias_SLT,
-            mlp_bias_SLT=self.mlp_bias_SLT,
-            own_S=self.own_S,
-            layer_SL=self.layer_SL,
-        )
+    def _join(self, block: FrozenBlock, layer: int) -> None:
+        """Add this block's target neurons as one-hot cotangents pulled back to the stream their MLP reads."""
+        joining = self.targets[self.layer_S[self.targets] == layer]
+        if not len(joining):
+            return
+        position, index = self.neurons.position_n[joining], self.neurons.index_n[joining]
+        rows = self.active + torch.arange(len(joining), device=position.device)
+        self.all_STD[rows, position] = _input_rows(block, position, index)
+        self.active += len(joining)
+        self.effects.own_S[joining] = block.neuron_bias()[0, position, index]
+
+
+def _at(norm: FrozenNorm, position_n: Tensor) -> FrozenNorm:
+    """Return the norm of a list of positions."""
+    return replace(norm, scale_BTD=norm.scale_BTD[:, position_n])
 
 
 def _input_rows(block: FrozenBlock, position_n: Tensor, index_n: Tensor) -> Float[Tensor, "n D"]:
@@ -177,6 +232,4 @@ def _input_rows(block: FrozenBlock, position_n: Tensor, index_n: Tensor) -> Floa
     row_nD = block.up_BTN[0, position_n, index_n, None] * block.weights.up_ND[index_n]
     if block.gate_BTN is not None and block.weights.gate_ND is not None:
         row_nD = row_nD + block.gate_BTN[0, position_n, index_n, None] * block.weights.gate_ND[index_n]
-    norm = block.mlp_norm
-    row_nD = row_nD * norm.scale_BTD[0, position_n]
-    return row_nD - row_nD.mean(-1, keepdim=True) if norm.centred else row_nD
+    return _at(block.mlp_norm, position_n).transpose(row_nD[None, None])[0, 0]

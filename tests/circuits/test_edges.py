@@ -1,0 +1,70 @@
+"""Direct effects: bounded memory gives the same numbers, ablated rules reach the edges, and a plain autograd loop."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from circuits.attribution import top_nodes
+from circuits.edges import Neurons, direct_effects
+from circuits.rules import Rules
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+LONG = [[1, 40, 77, 9, 120, 33, 201, 8, 77, 30, 61]]
+
+
+def traced(problem, n=40, seed=0, **options):
+    network, metric = problem.network.row(0), problem.metric.row(0, torch.arange(len(LONG[0])))
+    noise_LTN = torch.rand(
+        torch.stack(network.neurons, 1)[0].shape, generator=torch.Generator().manual_seed(seed)
+    )
+    neurons = Neurons.from_mask(top_nodes(noise_LTN, n))
+    return neurons, direct_effects(network, neurons, metric, **options)
+
+
+def test_groups_of_targets_give_the_same_numbers(any_model, problem_of):
+    """Memory bounds cut the targets into groups and prompts into prefixes; one target at a time is the extreme."""
+    problem = problem_of(any_model, LONG)
+    _, together = traced(problem)
+    for max_bytes in (1, 300_000):
+        _, apart = traced(problem, max_bytes=max_bytes)
+        for name, column in vars(together).items():
+            torch.testing.assert_close(getattr(apart, name), column, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_effects_reach_no_later_token_and_no_earlier_layer(llama, problem_of):
+    neurons, effects = traced(problem_of(llama, LONG))
+    n = len(neurons)
+    back_nn = neurons.layer_n[:, None] <= neurons.layer_n
+    later_nn = neurons.position_n[:, None] < neurons.position_n
+    assert not effects.unit_Sn[:n][back_nn | later_nn].any()
+    assert effects.unit_Sn[:n][~(back_nn | later_nn)].all()
+    after_nT = torch.arange(len(LONG[0])) > neurons.position_n[:, None]
+    assert not effects.embed_ST[:n][after_nT].any()
+
+
+@pytest.mark.parametrize("rules", [Rules(half=False), Rules(gate="detached")])
+def test_ablated_rules_reach_the_edges(llama, problem_of, rules):
+    """D5: without the half rule a neuron's in-flow counts its gate twice; detached, only its up projection."""
+    neurons, usual = traced(problem_of(llama, LONG))
+    _, ablated = traced(problem_of(llama, LONG, rules=rules))
+    n = len(neurons)
+    if rules.half:
+        torch.testing.assert_close(ablated.inflow(), usual.inflow())
+        assert not torch.allclose(ablated.unit_Sn[:n], usual.unit_Sn[:n])
+    else:
+        torch.testing.assert_close(ablated.inflow()[:n], 2 * usual.inflow()[:n])
+        torch.testing.assert_close(ablated.unit_Sn[:n], 2 * usual.unit_Sn[:n])
+
+
+def test_edges_equal_a_loop_over_pairs_of_layers(llama, problem_of):
+    """Plain autograd through the model's own modules, one pair of layers at a time, everything else detached."""
+    from _circuits_edges import loop_over_layer_pairs
+
+    problem = problem_of(llama, LONG)
+    neurons, effects = traced(problem)
+    loop_Sn = loop_over_layer_pairs(llama, problem.batch, neurons, problem.metric)
+    scale = effects.neuron_Sn.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    assert float(((loop_Sn - effects.neuron_Sn).abs() / scale).max()) < 1e-6
