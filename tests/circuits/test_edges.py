@@ -31,7 +31,9 @@ def test_groups_of_targets_give_the_same_numbers(any_model, problem_of):
     for max_bytes in (1, 300_000):
         _, apart = traced(problem, max_bytes=max_bytes)
         for name, column in vars(together).items():
-            torch.testing.assert_close(getattr(apart, name), column, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                getattr(apart, name), column, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_effects_reach_no_later_token_and_no_earlier_layer(llama, problem_of):
@@ -67,4 +69,6 @@ def test_edges_equal_a_loop_over_pairs_of_layers(llama, problem_of):
     neurons, effects = traced(problem)
     loop_Sn = loop_over_layer_pairs(llama, problem.batch, neurons, problem.metric)
     scale = effects.neuron_Sn.abs().amax(1, keepdim=True).clamp_min(1e-30)
-    assert float(((loop_Sn - effects.neuron_Sn).abs() / scale).max()) < 1e-6
+    assert (
+        float(((loop_Sn - effects.neuron_Sn).abs() / scale).max()) < 1e-5
+    )  # norms, and the eager patterns of the loop, are float32

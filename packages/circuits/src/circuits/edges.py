@@ -11,7 +11,7 @@ OV circuits stay open, and `weight(s -> t) = a_s * da_t/da_s` in the frozen netw
 4. at the bottom the embeddings are read; biases are read on the way.
 
 Time is linear in the targets, and memory is bounded: targets are independent, so they go down in groups whose
-cotangents fit `max_bytes`. Nothing after a target's token can reach it, so a group of early targets sees a short prompt.
+cotangents fit `max_bytes`. No token after a target can reach it, so a group of early targets sees a short prompt.
 
 For every target, embeddings + biases + all neurons = the activation (or the logit): digest I2.
 """
@@ -26,7 +26,6 @@ from torch import Tensor
 from circuits.frozen import FrozenNetwork
 from circuits.layers import FrozenBlock, FrozenNorm
 from circuits.metric import Metric
-
 
 COPIES = 6  # cotangents alive at once in an attention step: the stream, heads, values and their products
 
@@ -147,7 +146,12 @@ class _Sweep:
     """A group of targets going down: their cotangents g (S T D), the latest layers first, and the columns they fill."""
 
     def __init__(
-        self, network: FrozenNetwork, neurons: Neurons, metric: Metric, targets: Tensor, effects: DirectEffects
+        self,
+        network: FrozenNetwork,
+        neurons: Neurons,
+        metric: Metric,
+        targets: Tensor,
+        effects: DirectEffects,
     ) -> None:
         self.network, self.neurons, self.effects = network, neurons, effects
         n, (_, self.n_positions, width) = len(neurons), network.embed_BTD.shape
@@ -207,7 +211,9 @@ class _Sweep:
         for position in neurons.position_n[here].unique().tolist():
             sources = (here & (neurons.position_n == position)).nonzero()[:, 0]
             raw_nD = block.weights.down_DN[:, neurons.index_n[sources]].T
-            write_nD = _at(block.mlp_post, neurons.position_n[sources]).forward(raw_nD[None, None], shift=False)
+            write_nD = _at(block.mlp_post, neurons.position_n[sources]).forward(
+                raw_nD[None, None], shift=False
+            )
             effects.unit_Sn[joined[:, None], sources] = self.g_STD[:, position] @ write_nD[0, 0].T
 
     def _join(self, block: FrozenBlock, layer: int) -> None:
