@@ -11,7 +11,8 @@ from shared.architecture import FAMILIES
 from shared.models import Model, ModelConfig, load
 from shared.tokens import pad
 
-STORIES = Path(__file__).parents[2] / ".." / "shared" / "models" / "stories260k"
+BESIDE = Path(__file__).parents[2] / ".." / "shared"
+STORIES = BESIDE / "models" / "stories260k"
 ROWS = [[1, 40, 77, 9, 120, 33, 201], [1, 90, 13, 55, 7]]
 
 
@@ -62,3 +63,43 @@ def relative():
         return float((got - expected).abs().max() / expected.abs().max())
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def world() -> Model:
+    """The embedded model."""
+    return load(ModelConfig("tinyworld"))
+
+
+@pytest.fixture(scope="session")
+def sva() -> Path:
+    folder = BESIDE / "data" / "sva"
+    if not folder.is_dir():
+        pytest.skip("the public SVA files are not beside this checkout (../shared/data/sva)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """Make a byte-level BPE tokenizer that has the words of some texts as tokens, numbers cut every few digits."""
+
+    def make(texts, digits: int = 1):
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        space = " ?" if digits < 3 else ""  # as in GPT-2, and as in Llama 3
+        pattern = rf" ?\p{{L}}+|{space}\p{{N}}{{1,{digits}}}| ?[^\s\p{{L}}\p{{N}}]+|\s"
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])  # fmt: skip
+        core.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=8000, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+        )
+        core.train_from_iterator(texts, trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+    return make

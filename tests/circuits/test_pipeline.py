@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from circuits import pipeline
+from circuits import pipeline_stages
 from circuits.graph import load_graph
 from circuits.pipeline import PIPELINE, CircuitTracingConfig
 from circuits.tasks import TaskError
@@ -51,8 +51,8 @@ def run_in(folder, config):
 def test_pipeline_on_a_file_of_pairs_writes_what_it_says(pairs, tmp_path, monkeypatch):
     config = CircuitTracingConfig(tasks=[str(pairs)], **CONFIG)
     metrics = run_in(tmp_path / "run", config)
-    for work in ("mean_scores", "conservation_error", "trace_problem"):
-        monkeypatch.setattr(pipeline, work, lambda *args, **options: pytest.fail("was done before"))
+    for work in ("mean_scores", "conservation_error", "trace_problem", "edge_scores"):
+        monkeypatch.setattr(pipeline_stages, work, lambda *args, **options: pytest.fail("was done before"))
     assert run_in(tmp_path / "run", config) == metrics  # from the files of the first
     assert metrics["conservation_error"] < 1e-4
     for estimator in ("relp", "atp", "random"):

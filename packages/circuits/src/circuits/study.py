@@ -1,13 +1,13 @@
 """A circuit over a data set: scores averaged over training pairs, then judged on test pairs (paper section 4).
 
-1. Training and test pairs of one task and one length; the reference is every neuron's mean over the counterfactual
-   prompts of the training pairs, for each position (or zero).
+1. Training and test pairs of one task and one length, about different things (`circuits.tasks.draw`); the reference is
+   every neuron's mean over the counterfactual prompts of the training pairs, for each position (or zero).
 2. A node's score is its signed mean over the training examples: examples where it is absent count as zero.
 3. Circuits are the top k nodes by absolute mean score; faithfulness and completeness are taken on the test pairs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution import Problem, attribute, pose
+from circuits.edge_circuits import edge_curve
+from circuits.edges import Neurons
 from circuits.faithfulness import CurvePoint, curve
 from circuits.metric import Metric, logit_difference
 from circuits.pathways import mean_reference, zero_reference
 from circuits.relp import relp
 from circuits.rules import Rules
-from circuits.tasks import PairBatch, collate, common_length, equal_lengths
-from shared.tinyworld.tasks import Pair
+from circuits.tasks import Example, PairBatch, collate
 
 if TYPE_CHECKING:
     from shared.models import Model
@@ -43,25 +44,38 @@ class Study:
         return self.train.clean.input_ids_BT.shape[1]
 
 
-def make_study(
-    model: "Model", name: str, train: Sequence[Pair], test: Sequence[Pair], reference: str = "mean"
-) -> Study:
-    """Encode both halves at one length and take the reference from the training half.
+def first_pairs(study: Study, n: int) -> Study:
+    """Return the study with the first n pairs of both halves and the same reference, for what is costly."""
+    train, test = (collate(study.model, half.examples[:n]) for half in (study.train, study.test))
+    return replace(study, train=train, test=test)
 
-    The length is the training half's most frequent one among those that the test half has too.
-    """
-    length = common_length(equal_lengths(model, train), equal_lengths(model, test))
-    train_batch, test_batch = collate(model, train, length), collate(model, test, length)
+
+def make_study(
+    model: "Model", name: str, train: Sequence[Example], test: Sequence[Example], reference: str = "mean"
+) -> Study:
+    """Encode both halves (of one length) and take the reference from the training half."""
+    train_batch, test_batch = collate(model, train), collate(model, test)
     if reference == "zero":
         return Study(model, name, train_batch, test_batch, zero_reference(model))
     return Study(model, name, train_batch, test_batch, mean_reference(model, train_batch.corrupt))
+
+
+def pair_metric(study: Study, pairs: PairBatch) -> Metric:
+    """Return the pairs' metric: the difference of the two answers' logits at each clean prompt's last token."""
+    empty_V = torch.zeros(
+        study.model.architecture.vocab_size, dtype=study.model.dtype, device=study.model.device
+    )
+    logits_BTV = empty_V.expand(len(pairs), 1, -1)  # a logit difference needs their shape and type only
+    return logit_difference(
+        logits_BTV, pairs.clean.last_columns_B.to(empty_V.device), pairs.answers, pairs.wrongs
+    )
 
 
 def pose_pairs(study: Study, pairs: PairBatch, rules: Rules | None = None) -> Problem:
     """State the attribution problem of a batch of pairs: their logit differences, against the study's reference."""
 
     def make_metric(logits_BTV: Tensor, positions_B: Tensor) -> Metric:
-        return logit_difference(logits_BTV, positions_B, pairs.answers, pairs.wrongs)
+        return pair_metric(study, pairs)
 
     return pose(study.model, pairs.clean, make_metric, study.reference_BLTN, rules)
 
@@ -80,10 +94,32 @@ def held_out_curve(
     study: Study, scores_LTN: Float[Tensor, "L T N"], sizes: Sequence[int]
 ) -> list[CurvePoint]:
     """Return the values of the top-k circuits of one ranking on the test pairs."""
-    batch = study.test
-    empty_V = torch.zeros(
-        study.model.architecture.vocab_size, dtype=study.model.dtype, device=study.model.device
-    )
-    logits_BTV = empty_V.expand(len(batch), 1, -1)  # a logit difference needs their shape and type only
-    metric = logit_difference(logits_BTV, batch.clean.last_columns_B, batch.answers, batch.wrongs)
-    return curve(study.model, batch.clean, metric, scores_LTN[None], sizes, study.reference_BLTN)
+    metric, test = pair_metric(study, study.test), study.test
+    points = curve(study.model, test.clean, metric, scores_LTN[None], sizes, study.reference_BLTN)
+    return [replace(point, clusters=test.clusters) for point in points]
+
+
+def held_out_edge_curve(
+    study: Study, neurons: Neurons, scores_Sn: Float[Tensor, "S n"], sizes: Sequence[int]
+) -> list[CurvePoint]:
+    """Return the values of the top-k edges of one ranking on the test pairs, by path patching."""
+    metric, test = pair_metric(study, study.test), study.test
+    points = edge_curve(study.model, test.clean, metric, neurons, scores_Sn, sizes, study.reference_BLTN)
+    return [replace(point, clusters=test.clusters) for point in points]
+
+
+Curves = Mapping[str, list[CurvePoint]]
+
+
+def by_size(curves: Curves, kind: str) -> dict[str, dict[str, float]]:
+    """Return every curve's faithfulness or completeness (`kind`) by size."""
+    return {
+        name: {str(p.size): getattr(p, kind)().estimate for p in points} for name, points in curves.items()
+    }
+
+
+def intervals_by_size(curves: Curves, kind: str) -> dict[str, dict[str, list[float]]]:
+    """Return every curve's 95 % intervals by size."""
+    return {
+        name: {str(p.size): list(getattr(p, kind)()[1:]) for p in points} for name, points in curves.items()
+    }
