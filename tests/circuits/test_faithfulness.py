@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from circuits.faithfulness import curve, evaluate
+from circuits.faithfulness import CurvePoint, curve, evaluate
 from circuits.pathways import mean_reference, run_pathway, zero_reference
 from circuits.steering import Node, matched_random, nodes_of, replace_nodes, scale_nodes, side_effect
 from shared.errors import UserError
 from shared.hooks import edit
 from shared.interventions import load_interventions, save_interventions
+from shared.stats import bootstrap_interval
 from shared.tokens import pad
 
 ROWS = [[1, 40, 77, 9, 120], [1, 90, 13, 55, 7], [1, 8, 30, 61, 99]]
@@ -89,6 +90,19 @@ def test_edits_are_saved_and_loaded(llama, batch, tmp_path):
     assert torch.equal(*results)
     assert side_effect(llama, batch, edits) > 0
     assert side_effect(llama, batch, scale_nodes(nodes, 1.0)) == 0
+
+
+def test_intervals_resample_whole_clusters():
+    generator = torch.Generator().manual_seed(0)
+    part, rest, full, empty = torch.rand(4, 12, generator=generator).double()
+    clusters = tuple("aabbbccdddde")
+    point = CurvePoint(1, part, rest, full + 1, empty, clusters)
+    samples = (values.numpy() for values in (part, full + 1, empty))
+    expected = bootstrap_interval(
+        *samples, statistic=lambda p, f, e: (p - e).mean(-1) / (f - e).mean(-1), clusters=clusters
+    )
+    assert point.faithfulness() == pytest.approx(expected)
+    assert point.faithfulness() != CurvePoint(1, part, rest, full + 1, empty).faithfulness()
 
 
 def test_controls_match_layers_and_positions():

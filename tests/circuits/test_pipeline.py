@@ -21,6 +21,8 @@ CONFIG = {
     "max_edges": 60,
     "ablate": 5,
     "examples": 2,
+    "edge_sizes": [2, 4],
+    "edge_pairs": 3,
 }
 
 
@@ -60,6 +62,15 @@ def test_pipeline_on_a_file_of_pairs_writes_what_it_says(pairs, tmp_path, monkey
         assert list(curve) == ["5", "50"]
         assert all(math.isfinite(value) for value in curve.values())
         assert list(metrics["completeness"]["letters"][estimator]) == ["5", "50"]
+    assert metrics["faithfulness_5"]["letters"] == metrics["faithfulness"]["letters"]["relp"]["5"]
+    low, high = metrics["completeness_5_ci"]["letters"]
+    assert low <= metrics["completeness_5"]["letters"] <= high
+    for estimator in ("relp", "magnitude", "random"):
+        assert list(metrics["edge_curve"]["letters"]["faithfulness"][estimator]) == ["2", "4"]
+    assert (
+        metrics["edge_faithfulness"]["letters"]
+        == metrics["edge_curve"]["letters"]["faithfulness"]["relp"]["4"]
+    )
     (folder,) = (tmp_path / "run").glob("graph_letters-*")
     graph = load_graph(folder)
     assert metrics["edges"]["letters"] == graph.n_edges == 60
@@ -110,13 +121,21 @@ def test_settings_are_checked_before_any_work():
         CircuitTracingConfig(tasks=[])
 
 
+@pytest.mark.parametrize("sizes", [[0, 5], [5, 5]])
+def test_edge_sizes_are_different_positive_numbers(sizes):
+    with pytest.raises(ValueError, match="edge_sizes"):
+        CircuitTracingConfig(edge_sizes=sizes)
+
+
 @pytest.mark.parametrize("sizes", [[], [0, 5], [5, 5]])
 def test_sizes_are_different_positive_numbers(sizes):
     with pytest.raises(ValueError, match="sizes"):
         CircuitTracingConfig(sizes=sizes)
 
 
-@pytest.mark.parametrize("name", ["train_pairs", "test_pairs", "max_nodes", "max_edges", "ablate"])
+@pytest.mark.parametrize(
+    "name", ["train_pairs", "test_pairs", "max_nodes", "max_edges", "ablate", "edge_pairs"]
+)
 def test_counts_are_positive(name):
     with pytest.raises(ValueError, match=name):
         CircuitTracingConfig(**{name: 0})

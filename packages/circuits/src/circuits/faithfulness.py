@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
@@ -33,21 +34,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One circuit's values by example: the circuit alone, the model without it, and the two ends."""
+    """One circuit's values by example: the circuit alone, the model without it, and the two ends.
+
+    `clusters` says which examples belong together (share a noun): intervals then resample whole clusters.
+    """
 
     size: int
     circuit_B: Float[Tensor, " B"]
     rest_B: Float[Tensor, " B"]
     full_B: Float[Tensor, " B"]
     empty_B: Float[Tensor, " B"]
+    clusters: tuple[str, ...] | None = None
 
     def faithfulness(self, seed: int = 0) -> Interval:
-        """Return the ratio of means with its 95 % bootstrap interval over examples."""
-        return _ratio(self.circuit_B, self.full_B, self.empty_B, seed)
+        """Return the ratio of means with its 95 % bootstrap interval over examples (or clusters of them)."""
+        return self._ratio(self.circuit_B, seed)
 
     def completeness(self, seed: int = 0) -> Interval:
         """Return the ratio of means of the model without the circuit, with its interval."""
-        return _ratio(self.rest_B, self.full_B, self.empty_B, seed)
+        return self._ratio(self.rest_B, seed)
+
+    def _ratio(self, part_B: Tensor, seed: int) -> Interval:
+        arrays = [x.double().cpu().numpy() for x in (part_B, self.full_B, self.empty_B)]
+        if self.clusters is not None:  # a ratio of means is a ratio of sums, and these add up over clusters
+            label_B = np.unique(self.clusters, return_inverse=True)[1]
+            arrays = [np.bincount(label_B, weights=array) for array in arrays]
+        return bootstrap_interval(*arrays, statistic=_ratio, seed=seed)
 
     def gap(self, seed: int = 0) -> Interval:
         """Return the mean of m(M) - m(0), the denominator of both ratios: where it is small they explode."""
@@ -59,12 +71,8 @@ class CurvePoint:
         return torch.stack([(self.circuit_B - self.empty_B) / gap_B, (self.rest_B - self.empty_B) / gap_B])
 
 
-def _ratio(part_B: Tensor, full_B: Tensor, empty_B: Tensor, seed: int) -> Interval:
-    def statistic(part: NDArray, full: NDArray, empty: NDArray) -> NDArray | float:
-        return (part - empty).mean(-1) / (full - empty).mean(-1)
-
-    arrays = (x.double().cpu().numpy() for x in (part_B, full_B, empty_B))
-    return bootstrap_interval(*arrays, statistic=statistic, seed=seed)
+def _ratio(part: NDArray, full: NDArray, empty: NDArray) -> NDArray | float:
+    return (part - empty).mean(-1) / (full - empty).mean(-1)
 
 
 def evaluate(

@@ -10,13 +10,23 @@ beside as many random ones.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from circuits.attribution import ESTIMATORS
+from torch import Tensor
+
+from circuits.attribution import ESTIMATORS, top_nodes
 from circuits.edge_circuits import EDGE_ESTIMATORS
 from circuits.faithfulness import CurvePoint
 from circuits.graph import Graph
 from circuits.pipeline_report import report_task
 from circuits.pipeline_stages import ablate_top, edge_stage, graph_stage, score_stage
-from circuits.study import Curves, Study, by_size, held_out_curve, intervals_by_size, make_study
+from circuits.study import (
+    Curves,
+    Study,
+    by_size,
+    held_out_curve,
+    intervals_by_size,
+    make_study,
+    under_every_reference,
+)
 from circuits.tasks import TASKS, Drawn, Style, Task, draw, find_task, task_names
 from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run
@@ -113,6 +123,7 @@ def run_task(model: Model, name: str, drawn: Drawn, config: CircuitTracingConfig
         "conservation_error": max(float(scores["conservation_error"]), graph.header.conservation_error),
         "pairs": _counts(study, drawn),
         **_node_figures(points, points["relp"][sizes.index(config.ablate)], config),
+        "by_reference": _reference_figures(study, top_nodes(scores["relp"], config.ablate), run.seed),
         **(_edge_figures(edge_points) if edge_points else {}),
         **_graph_figures(graph),
         "ablation": ablation,
@@ -129,6 +140,18 @@ def _node_figures(points: Curves, headline: CurvePoint, config: CircuitTracingCo
         **_headline(f"completeness_{config.ablate}", headline.completeness()),
         **{kind: by_size(points, kind) for kind in kinds},
         "intervals": {kind: intervals_by_size(points, kind) for kind in kinds},
+    }
+
+
+def _reference_figures(study: Study, keep_LTN: Tensor, seed: int) -> dict[str, Any]:
+    points = under_every_reference(study, keep_LTN, seed)
+    return {
+        kind: {
+            "faithfulness": list(point.faithfulness()),
+            "completeness": list(point.completeness()),
+            "gap": list(point.gap()),
+        }
+        for kind, point in points.items()
     }
 
 

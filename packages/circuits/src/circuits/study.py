@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.attribution import Problem, attribute, pose
 from circuits.edge_circuits import edge_curve
 from circuits.edges import Neurons
-from circuits.faithfulness import CurvePoint, curve
+from circuits.faithfulness import CurvePoint, curve, evaluate
 from circuits.metric import Metric, logit_difference
-from circuits.pathways import mean_reference, zero_reference
+from circuits.pathways import REFERENCES, make_reference
 from circuits.relp import relp
 from circuits.rules import Rules
 from circuits.tasks import Example, PairBatch, collate
@@ -55,9 +55,8 @@ def make_study(
 ) -> Study:
     """Encode both halves (of one length) and take the reference from the training half."""
     train_batch, test_batch = collate(model, train), collate(model, test)
-    if reference == "zero":
-        return Study(model, name, train_batch, test_batch, zero_reference(model))
-    return Study(model, name, train_batch, test_batch, mean_reference(model, train_batch.corrupt))
+    reference_BLTN = make_reference(model, reference, train_batch.corrupt)
+    return Study(model, name, train_batch, test_batch, reference_BLTN)
 
 
 def pair_metric(study: Study, pairs: PairBatch) -> Metric:
@@ -97,6 +96,18 @@ def held_out_curve(
     metric, test = pair_metric(study, study.test), study.test
     points = curve(study.model, test.clean, metric, scores_LTN[None], sizes, study.reference_BLTN)
     return [replace(point, clusters=test.clusters) for point in points]
+
+
+def under_every_reference(
+    study: Study, keep_LTN: Bool[Tensor, "L T N"], seed: int = 0
+) -> dict[str, CurvePoint]:
+    """Return one circuit's values on the test pairs with the other nodes at mean, zero, or resampled activations."""
+    test, metric, points = study.test, pair_metric(study, study.test), {}
+    for kind in REFERENCES:
+        reference_BLTN = make_reference(study.model, kind, study.train.corrupt, len(test), seed)
+        (point,) = evaluate(study.model, test.clean, metric, [keep_LTN[None]], reference_BLTN)
+        points[kind] = replace(point, clusters=test.clusters)
+    return points
 
 
 def held_out_edge_curve(
