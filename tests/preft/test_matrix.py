@@ -104,8 +104,9 @@ def test_every_kind_in_one_batch_in_any_order(engine: VLLMGenerator, checker: Ch
 
 @pytest.mark.parametrize("chunk", [1, 7, 16])
 def test_prompts_computed_in_chunks(engine: VLLMGenerator, checker: Checker, chunk: int) -> None:
+    cases = every_kind(20) if chunk > 1 else every_kind(9, step=1)  # a step a token
     with chunks_of(engine, chunk) as sizes:
-        checker.check(engine, every_kind(20), max_tokens=8)
+        checker.check(engine, cases, max_tokens=8)
     assert max(sizes) == chunk
 
 
