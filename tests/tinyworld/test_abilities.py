@@ -7,10 +7,12 @@ import pytest
 from shared.tinyworld import MODEL_DIR
 from shared.tinyworld.evaluate import DESCRIPTIONS, FLOORS, evaluate, readme
 
+pytestmark = pytest.mark.xdist_group("abilities")  # one worker measures
+
 
 @pytest.fixture(scope="module")
 def table():
-    return evaluate(n=200, quick=True)
+    return evaluate(n=100, quick=True)
 
 
 @pytest.mark.parametrize("ability", FLOORS)
