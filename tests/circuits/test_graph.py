@@ -1,8 +1,7 @@
-"""Graphs: the ledger closes, files round-trip exactly, pruning keeps what it says, the page stands alone (I12)."""
+"""Graphs: the ledger closes, files round-trip exactly, pruning keeps what it says (I12)."""
 
 import dataclasses
 import json
-import re
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from circuits.graph import EMBEDDING, KINDS, LOGIT, NEURON, GraphError, load_gra
 from circuits.metric import MetricError
 from circuits.prune import influence, influence_keep, select_edges, select_nodes
 from circuits.tracing import trace, trace_problem
-from circuits.view import page, write_page
 
 PROMPT = "the </script> cat"
 
@@ -121,18 +119,6 @@ def test_headers_of_another_shape_are_refused_by_key(graph, tmp_path, change, re
     path.write_text("{")
     with pytest.raises(GraphError, match="not JSON"):
         load_graph(tmp_path / "graph")
-
-
-def test_page_stands_alone_and_holds_the_graph(graph, tmp_path):
-    text = write_page(graph, tmp_path / "page.html", "a <b> title").read_text()
-    assert text == page(graph, "a <b> title")
-    assert not re.search(r"""(src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)""", text)
-    assert "<title>a &lt;b&gt; title</title>" in text
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
-    content = json.loads(data)
-    assert content["header"]["prompt"] == graph.header.prompt
-    assert len(content["nodes"]) == len(graph)
-    assert [edge["weight"] for edge in content["edges"]] == graph.weight_e.tolist()
 
 
 def test_thresholds_are_relative_to_the_absolute_value():

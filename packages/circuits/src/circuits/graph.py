@@ -50,6 +50,7 @@ class Header:
     n_neurons: int
     rules: dict[str, Any]
     reference: str = "zero"
+    foil_ids: list[int] = field(default_factory=list)  # of a logit difference: the token it is taken from
     settings: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(
         default_factory=dict
@@ -96,9 +97,15 @@ class Graph:
 
     def strongest(self, k: int) -> list[tuple[int, int, int]]:
         """Return the k neurons (layer, position, neuron) of largest absolute effect over the targets."""
-        strength = self.total_nK.abs().sum(1)[self.kind_n == NEURON]
-        nodes = self.neurons()
-        return [nodes[node] for node in strength.argsort(descending=True)[:k].tolist()]
+        columns = (self.layer_n, self.position_n, self.index_n)
+        rows = torch.stack(columns, dim=1)[self.strongest_numbers(k)].tolist()
+        return [(layer, position, neuron) for layer, position, neuron in rows]
+
+    def strongest_numbers(self, k: int) -> list[int]:
+        """Return the node numbers of `strongest`."""
+        numbers_n = (self.kind_n == NEURON).nonzero()[:, 0]
+        strength_n = self.total_nK[numbers_n].abs().sum(1)
+        return numbers_n[strength_n.argsort(descending=True)[:k]].tolist()
 
     def inflow(self) -> Float[Tensor, " n"]:
         """Return the sum of incoming weights and remainder of every node."""

@@ -227,6 +227,7 @@ def _header(
         token_ids=token_ids,
         targets=list(names),
         target_ids=target_ids,
+        foil_ids=metric.weights_BKV[0].argmin(-1).tolist() if metric.name == "logit difference" else [],
         target_values=relevance.ledger.value_BK[0].tolist(),
         target_probabilities=probabilities_V[target_ids].tolist(),
         metric=metric.name,

@@ -1,50 +1,70 @@
 """One self-contained, interactive HTML page a graph: nothing is fetched, it opens from a file.
 
-Layers from bottom to top, tokens from left to right; neurons coloured by the sign and sized by the share of their
-effect on the chosen target. Hover for details, click to follow a node's incoming and outgoing direct effects, sliders
-for the number of neurons and edges, search, zoom and pan; usable by keyboard. The page is assets/graph.html with
-style, script and data put in.
+Layers from bottom to top, tokens from left to right; neurons coloured (and shaped) by the sign and sized by the share
+of their effect on the chosen target. The page is assets/graph.html with the scripts of SCRIPTS in one, the style and
+the data put in. Its Content-Security-Policy allows this very script and style, by hash, and no address; a page that
+`circuits view` serves may speak to that server (`live`).
+
+Supernodes are rows of the file supernodes.json, `{"label": ..., "nodes": [[layer, position or null, neuron, sign]]}`;
+effects come from `circuits.effects`.
 """
 
+import base64
+import hashlib
 import html
 import json
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from circuits.graph import KINDS, Graph
+from shared.plots import PALETTE
 from shared.serialize import atomic_path, plain
 
+SCRIPTS = ("model.js", "layout.js", "paint.js", "panel.js", "groups.js", "main.js")
+DIGITS = 6  # significant ones of an edge's weight in the page
 
-def write_page(graph: Graph, path: Path | str, title: str | None = None) -> Path:
+
+def write_page(
+    graph: Graph,
+    path: Path | str,
+    title: str | None = None,
+    *,
+    supernodes: Sequence[Mapping[str, Any]] = (),
+    effects: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """Write the graph's page; returns its path."""
     path = Path(path)
+    content = page(graph, title or graph.header.prompt, supernodes=supernodes, effects=effects)
     with atomic_path(path) as partial:
-        partial.write_text(page(graph, title or graph.header.prompt), encoding="utf-8")
+        partial.write_text(content, encoding="utf-8")
     return path
 
 
-def page(graph: Graph, title: str) -> str:
-    """Return the page as one string of HTML."""
-    assets = resources.files("circuits") / "assets"
-    # "<" inside the data could end its script element; JSON may spell it as an escape instead.
-    data = json.dumps(page_data(graph), allow_nan=False).replace("<", "\\u003c")
-    parts = {
-        "__TITLE__": html.escape(title),
-        "__CSS__": (assets / "graph.css").read_text(encoding="utf-8"),
-        "__JS__": (assets / "graph.js").read_text(encoding="utf-8"),
-        "__DATA__": data,
-    }
-    document = (assets / "graph.html").read_text(encoding="utf-8")
-    pieces = []
-    for name in ("__TITLE__", "__CSS__", "__DATA__", "__JS__"):
-        before, document = document.split(name)
-        pieces += [before, parts[name]]
-    return "".join([*pieces, document])
+def page(
+    graph: Graph,
+    title: str,
+    *,
+    supernodes: Sequence[Mapping[str, Any]] = (),
+    effects: Sequence[Mapping[str, Any]] = (),
+    live: str | None = None,
+) -> str:
+    """Return the page as one string of HTML; `live` is the address below which a server answers it."""
+    data = page_data(graph) | {"supernodes": plain(supernodes), "effects": plain(effects), "live": live}
+    style, script = palette() + asset("base.css") + asset("graph.css"), script_of(SCRIPTS)
+    return fill(
+        asset("graph.html"),
+        CSP=policy(style, script, connect=live is not None),
+        TITLE=html.escape(title),
+        CSS=style,
+        DATA=embedded(data),
+        JS=script,
+    )
 
 
 def page_data(graph: Graph) -> dict[str, Any]:
-    """Return what the page shows as JSON types: the header, nodes and edges."""
+    """Return what the page shows as JSON types: the header, nodes, and edges as columns."""
     columns = {name: column.tolist() for name, column in graph.columns().items()}
     nodes = [
         {
@@ -60,10 +80,46 @@ def page_data(graph: Graph) -> dict[str, Any]:
         }
         for node in range(len(graph))
     ]
-    edges = [
-        {"source": source, "target": target, "weight": weight}
-        for source, target, weight in zip(
-            columns["source_e"], columns["target_e"], columns["weight_e"], strict=True
-        )
-    ]
+    weights = [float(f"{weight:.{DIGITS}g}") for weight in columns["weight_e"]]
+    edges = {"source": columns["source_e"], "target": columns["target_e"], "weight": weights}
     return {"header": plain(graph.header), "nodes": nodes, "edges": edges}
+
+
+def asset(name: str) -> str:
+    """Return the text of a file of assets/."""
+    return (resources.files("circuits") / "assets" / name).read_text(encoding="utf-8")
+
+
+def script_of(names: Sequence[str]) -> str:
+    """Return script files as one, in strict mode."""
+    return "\n".join(['"use strict";', *map(asset, names)])
+
+
+def embedded(data: Any) -> str:
+    """Return data as JSON that may stand inside a script element ("<" as an escape, so that it cannot end it)."""
+    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+
+
+def fill(document: str, **parts: str) -> str:
+    """Return the document with each __NAME__, which occur once and in this order, replaced by its part."""
+    pieces = []
+    for name, part in parts.items():
+        before, document = document.split(f"__{name}__")
+        pieces += [before, part]
+    return "".join([*pieces, document])
+
+
+def policy(style: str, script: str, connect: bool) -> str:
+    """Return a Content-Security-Policy for a page with this style and script and no other content."""
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    speaks_to = "'self'" if connect else "'none'"
+    return (
+        f"default-src 'none'; style-src 'sha256-{digests[0]}'; script-src 'sha256-{digests[1]}'; "
+        f"connect-src {speaks_to}; base-uri 'none'; form-action 'none'"
+    )
+
+
+def palette() -> str:
+    """Return the house colours as CSS variables."""
+    colours = "; ".join(f"--colour{i}: {colour}" for i, colour in enumerate(PALETTE))
+    return f":root {{ {colours}; }}\n"

@@ -1,0 +1,191 @@
+// Drawing on one canvas: `rebuild` decides what there is to draw, `paint` draws it under the current zoom.
+const canvas = byId("plot"), pen = canvas.getContext("2d");
+const state = { target: 0, count: 0, edges: 0, picked: null, focus: null, marked: new Set(), matches: null, busy: false };
+let scene = { items: [], links: [], strokes: [], near: null, world: { columns: [], rows: [], width: 1, height: 1 } };
+let view = { x: 0, y: 0, k: 1 }, size = { width: 1, height: 1 }, ink = {};
+const AXIS = { left: 62, bottom: 30 }, LEVELS = 6;
+
+function readColours() {
+  const style = getComputedStyle(document.documentElement);
+  for (const name of ["page", "card", "ink", "soft", "line", "plus", "minus", "pick"]) ink[name] = style.getPropertyValue(`--${name}`).trim();
+  ink.groups = [1, 2, 3, 4].map((i) => style.getPropertyValue(`--group${i}`).trim());
+}
+const groupColour = (one) => ink.groups[supernodes.indexOf(one) % ink.groups.length];
+
+function rebuild() {
+  ranked.forEach((node) => { node.shown = node.rank < state.count; });
+  const items = visibleItems(), world = layOut(items), links = visibleLinks(state.target);
+  if (state.picked && !items.includes(state.picked)) state.picked = null;
+  if (state.focus && !items.includes(state.focus)) state.focus = null;
+  const chosen = state.picked ? chosenLinks(links) : links.slice(0, state.edges);
+  scene = { items, links, chosen, world, strokes: strokesOf(chosen), near: state.picked ? nearOf(chosen) : null, top: topEffect(items) };
+  keptMass(items, links);
+  paint();
+}
+
+// Of what is picked: its strongest edges (a quarter of the slider's number), and the strongest paths through it.
+function chosenLinks(links) {
+  const members = state.picked.members ? [...state.picked.members] : [state.picked];
+  const paths = new Set(members.sort((a, b) => b.strength - a.strength).slice(0, 3).flatMap((node) => [...pathsThrough(node)]));
+  const pairs = new Set([...paths].map((edge) => `${keyOf(itemOf(edge.source))}>${keyOf(itemOf(edge.target))}`));
+  const touches = (link) => link.source === state.picked || link.target === state.picked;
+  const own = links.filter(touches).slice(0, Math.max(20, Math.round(state.edges / 4)));
+  return [...own, ...links.filter((link) => !touches(link) && pairs.has(`${keyOf(link.source)}>${keyOf(link.target)}`))];
+}
+const nearOf = (chosen) => new Set([state.picked, ...chosen.flatMap((link) => [link.source, link.target])]);
+const topEffect = (items) => Math.max(1e-30, ...items.filter((item) => item.kind !== "logit" && !item.members).map((item) => Math.abs(effect(item, state.target))));
+
+// Edges of one sign and one width are one path: a few strokes a frame, however many edges there are.
+function strokesOf(links) {
+  const most = links.reduce((top, link) => Math.max(top, link.share), 1e-30), strokes = new Map();
+  for (const link of links) {
+    const level = Math.ceil(LEVELS * Math.sqrt(link.share / most)), minus = toneOf(link), key = `${level}${minus}`;
+    if (!strokes.has(key)) strokes.set(key, { level: level / LEVELS, minus, path: new Path2D() });
+    const { source: a, target: b } = link, middle = (a.y + b.y) / 2, { path } = strokes.get(key);
+    path.moveTo(a.x, a.y);
+    path.bezierCurveTo(a.x, middle, b.x, middle, b.x, b.y);
+  }
+  return [...strokes.values()].sort((a, b) => a.level - b.level);
+}
+
+let asked = false;
+function paint() { // at most once a frame
+  if (asked) return;
+  asked = true;
+  requestAnimationFrame(() => { asked = false; paintNow(); });
+}
+function paintNow() {
+  const ratio = devicePixelRatio || 1;
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.clearRect(0, 0, size.width, size.height);
+  bands();
+  pen.save();
+  pen.beginPath();
+  pen.rect(AXIS.left, 0, size.width - AXIS.left, size.height - AXIS.bottom);
+  pen.clip();
+  pen.transform(view.k, 0, 0, view.k, view.x, view.y);
+  for (const stroke of scene.strokes) drawStroke(stroke);
+  hulls();
+  pen.textBaseline = "middle";
+  for (const item of scene.items) if (inSight(item)) (item.members ? drawPill : drawNode)(item);
+  pen.restore();
+  axes();
+}
+
+const toScreen = (item) => ({ x: item.x * view.k + view.x, y: item.y * view.k + view.y });
+function inSight(item) {
+  const { x, y } = toScreen(item), margin = 160 * view.k;
+  return x > -margin && y > -margin && x < size.width + margin && y < size.height + margin;
+}
+function drawStroke({ level, minus, path }) {
+  pen.strokeStyle = minus ? ink.minus : ink.plus;
+  pen.lineWidth = (0.5 + 2.6 * level * level) / Math.sqrt(Math.max(view.k, 0.25));
+  pen.globalAlpha = state.picked ? 0.3 + 0.6 * level : 0.1 + 0.55 * level;
+  pen.setLineDash(minus ? [5, 3] : []);
+  pen.stroke(path);
+  pen.setLineDash([]);
+  pen.globalAlpha = 1;
+}
+
+const dimmed = (item) => (state.matches ? !state.matches.has(item) : scene.near ? !scene.near.has(item) : false);
+const radius = (item) => (ranks(item) ? 2.4 + 6 * Math.sqrt(Math.min(1, Math.abs(effect(item, state.target)) / scene.top)) : item.kind === "logit" ? 7 : 5);
+function drawNode(node) {
+  const r = radius(node), minus = ranks(node) && effect(node, state.target) < 0;
+  pen.globalAlpha = dimmed(node) ? 0.14 : 1;
+  pen.beginPath();
+  if (!ranks(node) && node.kind !== "logit") pen.roundRect(node.x - r, node.y - r, 2 * r, 2 * r, 2.5);
+  else if (minus) for (const [dx, dy] of [[0, -1], [1, 0], [0, 1], [-1, 0]]) pen.lineTo(node.x + 1.25 * r * dx, node.y + 1.25 * r * dy);
+  else pen.arc(node.x, node.y, r, 0, 7);
+  pen.closePath();
+  pen.fillStyle = ranks(node) ? (minus ? ink.minus : ink.plus) : node.kind === "logit" ? ink.ink : node.kind === "embedding" ? ink.page : ink.soft;
+  pen.fill();
+  pen.lineWidth = 1.2;
+  pen.strokeStyle = node.kind === "embedding" ? ink.ink : ink.page;
+  pen.stroke();
+  if (node.kind === "logit") text(`${nameOf(node)}  ${number(node.activation)}`, node.x + 13, node.y, ink.ink, 12.5, 600);
+  else if (ranks(node) && view.k > 1.9) text(`${node.layer}/${node.index}`, node.x, node.y + r + 4.5, ink.soft, 4.4, 400, "center");
+  rings(node, (extra) => { pen.beginPath(); pen.arc(node.x, node.y, r + extra, 0, 7); });
+  pen.globalAlpha = 1;
+}
+function drawPill(item) {
+  const { x, y, width } = item, colour = groupColour(item);
+  pen.globalAlpha = dimmed(item) ? 0.2 : 1;
+  pen.beginPath();
+  pen.roundRect(x - width / 2, y - 10, width, 20, 10);
+  pen.fillStyle = ink.page;
+  pen.fill();
+  pen.strokeStyle = colour;
+  pen.lineWidth = 1.6;
+  pen.stroke();
+  text(item.label, x - 7, y, ink.ink, 11.5, 600, "center");
+  text(String(item.members.size), x + width / 2 - 9, y, ink.soft, 10, 400, "right");
+  rings(item, (extra) => { pen.beginPath(); pen.roundRect(x - width / 2 - extra, y - 10 - extra, width + 2 * extra, 20 + 2 * extra, 10 + extra); });
+  pen.globalAlpha = 1;
+}
+function rings(item, outline) {
+  if (item === state.picked || state.marked.has(item)) { outline(2.5); pen.strokeStyle = ink.pick; pen.lineWidth = 2; pen.stroke(); }
+  if (item === state.focus && document.activeElement === canvas) { outline(6); pen.strokeStyle = ink.pick; pen.lineWidth = 1.4; pen.setLineDash([3, 2.5]); pen.stroke(); pen.setLineDash([]); }
+  if (state.matches?.has(item)) { outline(4); pen.strokeStyle = ink.pick; pen.lineWidth = 1.2; pen.stroke(); }
+}
+function text(what, x, y, colour, points, weight = 400, align = "left") {
+  pen.font = `${weight} ${points}px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif`;
+  pen.textAlign = align;
+  pen.textBaseline = "middle";
+  pen.fillStyle = colour;
+  pen.fillText(what, x, y);
+}
+
+// Open supernodes: a halo of their colour behind each member, and the name above the highest one.
+function hulls() {
+  for (const one of supernodes.filter((item) => !item.folded)) {
+    const members = [...one.members].filter((node) => node.shown);
+    if (!members.length) continue;
+    pen.fillStyle = groupColour(one);
+    pen.globalAlpha = 0.4;
+    for (const node of members) { pen.beginPath(); pen.arc(node.x, node.y, radius(node) + 4, 0, 7); pen.fill(); }
+    pen.globalAlpha = 1;
+    const highest = members.reduce((top, node) => (node.y < top.y ? node : top));
+    text(one.label, highest.x, highest.y - 15, ink.ink, 10.5, 600, "center");
+  }
+}
+
+function bands() {
+  pen.fillStyle = ink.card;
+  scene.world.rows.forEach((row, r) => {
+    if (r % 2) pen.fillRect(0, row.y * view.k + view.y, size.width, row.height * view.k);
+  });
+}
+// The names of layers and tokens stay in sight at the edges.
+function axes() {
+  pen.fillStyle = ink.page;
+  pen.fillRect(0, size.height - AXIS.bottom, size.width, AXIS.bottom);
+  pen.fillStyle = ink.line;
+  pen.fillRect(AXIS.left, size.height - AXIS.bottom, size.width, 1);
+  let free = Infinity;
+  scene.world.rows.forEach((row, r) => {
+    const y = (row.y + row.height / 2) * view.k + view.y;
+    if (y < 8 || y > Math.min(size.height - AXIS.bottom - 6, free)) return;
+    text(r === 0 ? "tokens" : r > header.n_layers ? "output" : `layer ${r - 1}`, 10, y, ink.soft, 11.5);
+    free = y - 15;
+  });
+  header.tokens.forEach((what, position) => {
+    const column = scene.world.columns[position], x = (column.x + column.width / 2) * view.k + view.x;
+    if (x < AXIS.left || x > size.width) return;
+    const room = column.width * view.k - 4, letters = Math.floor(room / LETTER), name = word(what);
+    if (letters < 2) return;
+    text(name.length > letters ? `${name.slice(0, letters - 1)}\u2026` : name, x, size.height - AXIS.bottom / 2 + 1, ink.ink, 12.5, 500, "center");
+  });
+}
+
+function resize() {
+  const box = canvas.parentElement.getBoundingClientRect(), ratio = devicePixelRatio || 1;
+  size = { width: box.width, height: box.height };
+  Object.assign(canvas, { width: Math.round(box.width * ratio), height: Math.round(box.height * ratio) });
+}
+function fit() {
+  const { world } = scene, room = { x: size.width - AXIS.left - 16, y: size.height - AXIS.bottom - 12 };
+  const labels = Math.max(0, ...scene.items.filter((item) => item.kind === "logit").map((item) => item.x + 24 + 7.6 * (nameOf(item).length + 7)));
+  const width = Math.max(world.width, labels), k = Math.min(1.6, Math.max(0.05, Math.min(room.x / width, room.y / world.height)));
+  view = { k, x: AXIS.left + 4 + Math.max(0, (room.x - width * k) / 2), y: 8 + Math.max(0, (room.y - world.height * k) / 2) };
+  paint();
+}

@@ -1,0 +1,18 @@
+"""The `circuits` command: its subcommands, run by `shared.commands`."""
+
+from collections.abc import Sequence
+
+from shared.commands import run_command
+
+# Name of the subcommand -> (module that implements it, one line for the help). Imported when it is asked for.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "trace": ("circuits.commands.trace", "trace the circuit of one prompt: graph, page, table of neurons"),
+    "view": ("circuits.commands.view", "look at a folder of graphs in a browser, trace and steer live"),
+    "plot": ("circuits.commands.plot", "faithfulness curves of a run, or a metric over a sweep"),
+    "export": ("circuits.commands.export", "write a graph in the format of another program"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    return run_command("circuits", "Neuron circuits: trace them, look at them, test them.", COMMANDS, argv)

@@ -1,0 +1,165 @@
+"""`circuits view`: the library and its web side, and the whole path in a browser on a real server."""
+
+import contextlib
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from circuits.folder import with_effects
+from circuits.graph import GraphError
+from circuits.library import Library, thumbnail
+from circuits.serve import create_app, index_page, listen
+from circuits.steering import Node, scale_nodes
+from circuits.tracing import trace
+from shared.errors import UserError
+from shared.hooks import edit
+from shared.models import ModelConfig, load
+
+CONFIG = ModelConfig("random:llama")
+PROMPT = "one two three"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def graph(model):
+    return trace(model, PROMPT, top_k=2, max_nodes=20)
+
+
+@pytest.fixture
+def library(tmp_path, model, graph):
+    with_effects(model, graph).save(tmp_path / "a folder" / "first")
+    made = Library(tmp_path, CONFIG)
+    made._model = model
+    return made
+
+
+@pytest.fixture
+def server(library):
+    """The application on a free port, in a thread; yields its address."""
+    import uvicorn
+
+    socket = listen(0)
+    server = uvicorn.Server(uvicorn.Config(create_app(library), log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        socket.close()
+
+
+def ask(address, body=None, headers=None):
+    """Status and text of a request, without any proxy."""
+    data = None if body is None else json.dumps(body).encode()
+    given = {"Content-Type": "application/json"} | (headers or {})
+    request = urllib.request.Request(address, data=data, headers=given)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_live_edits_are_those_of_the_model(library, model, graph):
+    places = [list(place) for place in graph.strongest(3)]
+    found = library.scale("a folder/first", places, -2.0)
+    with edit(model, scale_nodes([Node(*place) for place in places], -2.0)):
+        logits_V = model(model.encode([PROMPT]))[0, -1].detach()
+    value_K = (logits_V[graph.header.target_ids] - logits_V.mean()).tolist()
+    for change, value, before in zip(found["changes"], value_K, graph.header.target_values, strict=True):
+        assert before + change == pytest.approx(value, abs=1e-4)
+    with pytest.raises(GraphError, match=r"no neuron \[0, 0, 99999\]"):
+        library.scale("a folder/first", [[0, 0, 99999]], 0.0)
+    with pytest.raises(GraphError, match="no graph 'other'"):
+        library.scale("other", places, 0.0)
+
+
+def test_a_folder_that_is_a_graph_and_one_that_is_broken(library, tmp_path):
+    alone = Library(tmp_path / "a folder" / "first", CONFIG)
+    assert list(alone.graphs()) == ["first"]
+    (tmp_path / "a folder" / "first" / "graph.json").write_text("{")
+    assert "not JSON" in library.summary("a folder/first")["error"]
+    assert "not JSON" in index_page(library)
+    assert Library(tmp_path / "nowhere", CONFIG).graphs() == {}
+
+
+def test_thumbnails_hold_the_strongest(graph):
+    dots = thumbnail(graph)
+    assert len(dots) == len(graph.neurons())
+    assert all(0 <= entry <= 1 for dot in dots for entry in dot[:3])
+    assert dots[0][2] == max(dot[2] for dot in dots)
+
+
+def test_bad_requests_are_answered_in_one_line(server, library):
+    name = f"{server}/graphs/a%20folder/first"
+    assert ask(f"{server}/graphs/none")[0] == 400
+    assert "no graph" in json.loads(ask(f"{server}/graphs/..%2F..%2Fetc")[1])["error"]
+    status, text = ask(f"{name}/supernodes", {"supernodes": [{"label": "x", "nodes": [[1]]}]})
+    assert (status, "supernode 0" in text) == (400, True)
+    assert not list(library.root.rglob("supernodes.json"))[1:]
+    assert ask(f"{name}/edit", {"nodes": "x", "factor": 0})[0] == 422
+    assert "no neuron" in ask(f"{name}/edit", {"nodes": [], "factor": 0})[1]
+    assert ask(f"{server}/traces/7")[0] == 400
+    assert "empty" in ask(f"{server}/traces", {"prompt": " "})[1]
+    assert ask(server, headers={"Host": "elsewhere.example"})[0] == 400
+    assert ask(f"{server}/traces", {"prompt": "x"}, {"Content-Type": "text/plain"})[0] == 422
+
+
+def test_a_trace_that_fails_says_why(library):
+    number = library.start_trace(PROMPT, "no such token at all", "x")
+    deadline = time.monotonic() + 60
+    while library.jobs[number].error is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "no such token" in library.jobs[number].error
+    assert list(library.graphs()) == ["a folder/first"]
+
+
+def test_ports_that_are_taken_are_refused():
+    with contextlib.closing(listen(0)) as taken:
+        taken.listen()
+        with pytest.raises(UserError, match="--port 0"):
+            listen(taken.getsockname()[1])
+
+
+def test_the_whole_path_in_a_browser(browser, server, library):
+    """Index, a new prompt traced, its page, live steering, a supernode made and saved, and back as it was left."""
+    with browser.open(server) as page:
+        assert page.evaluate("document.querySelectorAll('#graphs a').length") == 1
+        page.evaluate("byId('prompt').focus()")
+        page.type("four five")
+        page.press("Enter")
+        page.wait_for("location.pathname === '/graphs/four-five' && typeof supernodes !== 'undefined'")
+        page.evaluate("pick(ranked[0])")
+        page.evaluate("document.querySelector('#panel input[type=number]').value = '-3'")
+        page.evaluate("document.querySelector('#panel span.row button').click()")
+        page.wait_for("!document.querySelector('.outcome').innerText.startsWith('running')")
+        assert page.evaluate("document.querySelector('.outcome p') !== null"), page.text(".outcome")
+        place = page.evaluate("[ranked[0].layer, ranked[0].position, ranked[0].index]")
+        found = library.scale("four-five", [place], -3.0)
+        value = page.evaluate("header.target_values[0]") + found["changes"][0]
+        shown = page.text(".outcome li").replace("\u2212", "-").split("\u2192")[1]
+        assert float(shown) == pytest.approx(value, rel=0.02, abs=0.006)
+        page.evaluate("group([ranked[0], ranked[1]])")
+        page.click("#tab-groups")
+        page.click("#save")
+        page.wait_for("byId('said').textContent === '1 supernodes saved'")
+        saved = library.open("four-five").supernodes
+        assert saved == page.evaluate("writtenSupernodes()")["supernodes"]
+        page.load(f"{server}/graphs/four-five")
+        assert page.evaluate("writtenSupernodes()")["supernodes"] == saved
+        assert not page.errors
+        assert all(address.startswith(server) for address in page.fetched)
