@@ -1,0 +1,77 @@
+"""`assumptions monitor`: talk with a model on a local page, see what it assumes, steer it."""
+
+import argparse
+import contextlib
+import socket
+import webbrowser
+from pathlib import Path
+
+from assumptions.monitor.server import LOOPBACK
+from shared.errors import UserError
+from shared.models import ModelConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `assumptions monitor`."""
+    parser.add_argument(
+        "--model", default="tinyworld", help="tinyworld, a local folder, or a Hugging Face id"
+    )
+    parser.add_argument("--dtype", default="float32", help="torch dtype of the weights, or auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--probes", type=Path, help="folder of `assumptions probe`; the embedded model needs none"
+    )
+    parser.add_argument(
+        "--directions", type=Path, help="folder with one folder of saved interventions a dimension"
+    )
+    parser.add_argument(
+        "--instrument", help="what the model is asked with; default: what labelled the probes"
+    )
+    parser.add_argument(
+        "--sessions", type=Path, default=Path("runs/monitor"), help="where transcripts are kept"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; there is no log-in")
+    parser.add_argument("--port", type=int, default=8760, help="0 takes any that is free")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Serve the page until interrupted."""
+    from assumptions.monitor.prepare import prepare
+    from assumptions.monitor.server import build
+    from assumptions.monitor.session import Store
+
+    with contextlib.closing(listen(arguments.host, arguments.port)) as listener:
+        config = ModelConfig(arguments.model, dtype=arguments.dtype, device=arguments.device)
+        subject, talk = prepare(config, arguments.probes, arguments.directions, arguments.instrument)
+        local = arguments.host in LOOPBACK
+        app = build(subject, Store(arguments.sessions), talk, LOOPBACK if local else ("*",))
+        port = listener.getsockname()[1]
+        address = f"http://{arguments.host}:{port}/"
+        if not local:
+            print("warning: anyone who reaches this address can use the model and read the transcripts")
+        print(f"monitor of {arguments.model}: {address} (Ctrl-C ends it)", flush=True)
+        if arguments.open:
+            webbrowser.open(address)
+        serve(app, listener)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on the address, taken before anything is loaded; UserError when it cannot be had."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): give another --port") from None
+    return listener
+
+
+def serve(app: object, listener: socket.socket) -> None:
+    """Run the application on the socket until interrupted."""
+    import uvicorn
+
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)  # type: ignore[arg-type]
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(settings).run(sockets=[listener])
