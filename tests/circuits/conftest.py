@@ -32,6 +32,32 @@ def llama(random_models: dict[str, Model]) -> Model:
     return _cached(random_models, "llama")
 
 
+@pytest.fixture(scope="session")
+def linear_model() -> Model:
+    """GPT-2 made linear: identity activation, no queries, and norms whose scale their epsilon alone sets."""
+    from transformers import AutoModelForCausalLM
+
+    from shared.architecture import Architecture
+    from shared.loading import wrap
+    from shared.random_models import byte_tokenizer, randomise, tiny_config
+
+    tokenizer = byte_tokenizer()
+    config = tiny_config("gpt2", tokenizer)
+    config.activation_function, config.layer_norm_epsilon = "linear", 1e12
+    hf = AutoModelForCausalLM.from_config(config)
+    randomise(hf, 0)
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            if "ln_" in name and name.endswith("weight"):
+                parameter.mul_(1e6)
+            if "c_attn" in name:
+                parameter[..., : config.hidden_size] = 0
+    hf = hf.double().eval()
+    return Model(
+        hf, wrap(hf, tokenizer), tokenizer, Architecture(hf), ModelConfig("random:gpt2", dtype="float64")
+    )
+
+
 def _cached(models: dict[str, Model], family: str) -> Model:
     if family not in models:
         models[family] = load(ModelConfig(f"random:{family}", dtype="float64"))

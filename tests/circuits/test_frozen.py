@@ -55,6 +55,7 @@ def test_conservation_error_is_relative_to_the_value(value, embed, error):
         neuron_bias_BKLT=layers_BKLT,
         mlp_bias_BKLT=layers_BKLT,
         logit_bias_BK=torch.zeros(1, 1),
+        rest_BK=torch.zeros(1, 1),
     )
     assert ledger.error() == pytest.approx(error, rel=1e-5)
 

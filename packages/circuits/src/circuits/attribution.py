@@ -1,218 +1,125 @@
 """Node scores under one interface (paper sections 3 and 4; digest 1.5).
 
-A `Problem` is a batch, a metric and a reference. An estimator returns a score for every node and target, shape B K L
-T N:
+`attribute(problem, name)` returns a signed score for every node and target, B K L T N, by the named estimator:
 
-    relp            (a - ref) * coefficient of the frozen network, one forward and one hand-written backward pass
-    atp             (a - ref) * gradient (attribution patching, gradient times activation)
-    ig_activations  (a - ref) * mean gradient between reference and a, one layer moved at a time, midpoint rule;
-                    sums over a layer to the metric's change when the whole layer goes to its reference
-    exact           m(x) - m(x; one node at its reference), one forward pass a node: the ground truth of single nodes
-    activation      |a - ref|, a control
-    random          uniform noise, a control
+    relp                (v - v') * coefficient of the frozen network: one forward, one hand-written backward pass
+    relp_no_half, relp_gate_detached, relp_qk_open, relp_norm_open     RelP with one rule taken out
+    relp_ig             RelP's coefficients averaged over the path of ig_activations
+    atp, ig_activations, ig_inputs, conductance                        gradients of the model (`circuits.gradients`)
+    exact               brute force (`circuits.patching`)
+    activation          |v - v'|, magnitude |v|, random noise: controls
 
-Padding scores zero. Estimators other than RelP differentiate the unmodified model through `shared.hooks`.
+What each adds up to is tested in tests/circuits/test_estimators.py. Padding scores zero. Only RelP needs the frozen
+network; the others run or differentiate the unmodified model through `shared.hooks`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.frozen import FrozenNetwork
+from circuits.gradients import atp, conductance, ig_activations, ig_inputs, layer_path
 from circuits.linearize import linearize
-from circuits.metric import Metric
-from circuits.pathways import Keep, neuron_sites, zero_reference
+from circuits.patching import exact, exact_scores
+from circuits.problem import Problem, pose
 from circuits.relp import relp
 from circuits.rules import Rules
+from circuits.surrogate import relp_by_autograd
 from shared.errors import UserError
 from shared.hooks import edit
-from shared.interventions import Interchange, Intervention
 
-if TYPE_CHECKING:
-    from shared.models import Model
-    from shared.tokens import TokenBatch
+__all__ = ["ESTIMATORS", "Problem", "Settings", "attribute", "exact_scores", "pose", "top_nodes"]
 
-MakeMetric = Callable[[Float[Tensor, "B T V"], Int[Tensor, " B"]], Metric]
 Scores = Float[Tensor, "B K L T N"]
 
 
+def quiet(items: Iterable[Any], label: str) -> Iterable[Any]:
+    """Progress that shows nothing."""
+    return items
+
+
 @dataclass(frozen=True)
-class Problem:
-    """What is to be explained: a batch at its observed point, the metric, and what nodes are compared with."""
+class Settings:
+    """Settings of the estimators that have any.
 
-    model: "Model"
-    batch: "TokenBatch"
-    metric: Metric
-    network: FrozenNetwork
-    activations_BLTN: Float[Tensor, "B L T N"]
-    reference_BLTN: Float[Tensor, "#B L #T N"]
-
-    @property
-    def delta_BLTN(self) -> Float[Tensor, "B L T N"]:
-        """Activation minus reference, zero at padding."""
-        delta_BLTN = self.activations_BLTN - self.reference_BLTN
-        return delta_BLTN.masked_fill(~self.network.real_BT[:, None, :, None], 0.0)
-
-
-def pose(
-    model: "Model",
-    batch: "TokenBatch",
-    make_metric: MakeMetric,
-    reference_BLTN: Float[Tensor, "#B L #T N"] | None = None,
-    rules: Rules | None = None,
-) -> Problem:
-    """Run the model once and state the problem; `make_metric(logits_BTV, last_positions_B)` gives the metric.
-
-    The reference is zero unless one is given (`circuits.pathways.mean_reference`, or another run's activations).
+    `seed` of the random control, `steps` of a path, `chunk` nodes patched at once, and `progress(items, label)` (as
+    `shared.runs.Run.progress`) around the long loops.
     """
-    batch = batch.to(model.device)
-    network = linearize(model, batch, rules)
-    reference_BLTN = zero_reference(model) if reference_BLTN is None else reference_BLTN
-    return Problem(
-        model=model,
-        batch=batch,
-        metric=make_metric(network.logits_BTV, batch.last_columns_B),
-        network=network,
-        activations_BLTN=torch.stack(network.neurons, dim=1),
-        reference_BLTN=reference_BLTN.to(network.logits_BTV),
-    )
+
+    seed: int = 0
+    steps: int = 10
+    chunk: int = 64
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = quiet
 
 
-def attribute(problem: Problem, estimator: str = "relp", seed: int = 0) -> Scores:
+def attribute(
+    problem: Problem, estimator: str = "relp", seed: int = 0, *, settings: Settings | None = None
+) -> Scores:
     """Return the scores of every node for every target by the named estimator (see ESTIMATORS)."""
     if estimator not in ESTIMATORS:
         raise UserError(f"unknown estimator {estimator!r}; there are: {', '.join(ESTIMATORS)}")
-    return ESTIMATORS[estimator](problem, seed)
+    return ESTIMATORS[estimator](problem, settings or Settings(seed=seed))
 
 
-def _relp(problem: Problem, seed: int) -> Scores:
-    effect_BKLTN = relp(problem.network, problem.metric).sensitivity_BKLTN
-    return effect_BKLTN * problem.delta_BLTN[:, None]
+def _relp(problem: Problem, settings: Settings) -> Scores:
+    return problem.scores(relp(problem.network, problem.metric, problem.basis).sensitivity_BKLTN)
 
 
-def _atp(problem: Problem, seed: int) -> Scores:
-    offsets = [
-        Offset(site, offset_BTX=torch.zeros_like(value).requires_grad_())
-        for site, value in zip(neuron_sites(problem.model), problem.network.neurons, strict=True)
-    ]
-    with torch.enable_grad(), edit(problem.model, offsets):
-        value_BK = problem.metric.value(problem.model(problem.batch))
-    gradient_BKLTN = _gradients(value_BK, [offset.offset_BTX for offset in offsets])
-    return gradient_BKLTN * problem.delta_BLTN[:, None]
+def _relp_by(rules: Rules) -> Callable[[Problem, Settings], Scores]:
+    def scores(problem: Problem, settings: Settings) -> Scores:
+        if not rules.linear:
+            return relp_by_autograd(problem, rules)
+        network = linearize(problem.model, problem.batch, rules, checked=False)
+        return problem.scores(relp(network, problem.metric, problem.basis).sensitivity_BKLTN)
+
+    return scores
 
 
-def _gradients(value_BK: Tensor, leaves: list[Tensor]) -> Float[Tensor, "B K L T N"]:
-    """Return every target's gradient by each leaf (one a layer)."""
-    rows = [torch.autograd.grad(value_B.sum(), leaves, retain_graph=True) for value_B in value_BK.unbind(1)]
-    return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+def _relp_ig(problem: Problem, settings: Settings) -> Scores:
+    layers = []
+    for layer in settings.progress(range(len(problem.sites)), "layers"):
+        mean_BKTX: Tensor | float = 0.0
+        for point, weight in layer_path(problem, layer, settings.steps):
+            with edit(problem.model, point):  # the frozen network of a run with this layer on its path
+                network = linearize(problem.model, problem.batch, problem.network.rules, checked=False)
+            effect = relp(network, problem.metric, problem.basis).sensitivity_BKLTN[:, :, layer]
+            mean_BKTX = mean_BKTX + weight * effect
+        layers.append(mean_BKTX)
+    return problem.scores(torch.stack(layers, dim=2))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Offset(Intervention):
-    """x + offset; with a leaf of zeros its gradient is the metric's gradient by the site."""
+def _controls(values: Callable[[Problem], Tensor]) -> Callable[[Problem, Settings], Scores]:
+    def scores(problem: Problem, settings: Settings) -> Scores:
+        size_BLTN = problem.basis.norm(values(problem), problem.model.architecture)
+        return size_BLTN[:, None].expand(-1, problem.n_targets, -1, -1, -1)
 
-    offset_BTX: Float[Tensor, "B T X"]
-
-    def edited(self, x: Tensor) -> Tensor:
-        """X plus the offset."""
-        return x + self.offset_BTX.to(x)
+    return scores
 
 
-def _ig_activations(problem: Problem, seed: int, steps: int = 10) -> Scores:
-    layers = [_ig_layer(problem, layer, steps) for layer in range(len(problem.network.blocks))]
-    return torch.stack(layers, dim=2) * problem.delta_BLTN[:, None]
-
-
-def _ig_layer(problem: Problem, layer: int, steps: int) -> Float[Tensor, "B K T N"]:
-    """Return the mean gradient by one layer's neurons along the straight line from the reference."""
-    delta_BTN, site = problem.delta_BLTN[:, layer], neuron_sites(problem.model)[layer]
-    start_BTN = problem.activations_BLTN[:, layer] - delta_BTN
-    gradients = []
-    for step in range(steps):
-        point_BTN = (start_BTN + (step + 0.5) / steps * delta_BTN).requires_grad_()
-        with torch.enable_grad(), edit(problem.model, Interchange(site, point_BTN)):
-            value_BK = problem.metric.value(problem.model(problem.batch))
-        gradients.append(_gradients(value_BK, [point_BTN])[:, :, 0])
-    return torch.stack(gradients).mean(0)
-
-
-def exact_scores(
-    problem: Problem, row: int, nodes_n3: Int[Tensor, "n 3"], chunk: int = 64
-) -> Float[Tensor, "n K"]:
-    """Return m(x) - m(x; node at its reference) for nodes (layer, position, neuron) of one row, `chunk` at a time."""
-    batch = _repeat(problem.batch, row, chunk)
-    reference_LTN = problem.reference_BLTN[min(row, len(problem.reference_BLTN) - 1)]
-    reference_LTN = reference_LTN.expand(problem.activations_BLTN.shape[1:])
-    clean_K = problem.metric.value(problem.network.logits_BTV)[row]
-    results = []
-    for start in range(0, len(nodes_n3), chunk):
-        part = nodes_n3[start : start + chunk]
-        edits = _single_nodes(problem, part, chunk, reference_LTN)
-        with torch.no_grad(), edit(problem.model, edits):
-            logits_BTV = problem.model(batch)
-        metric = replace(
-            problem.metric,
-            weights_BKV=problem.metric.weights_BKV[row].expand(chunk, -1, -1),
-            positions_BK=problem.metric.positions_BK[row].expand(chunk, -1),
-        )
-        results.append((clean_K - metric.value(logits_BTV))[: len(part)])
-    return torch.cat(results)
-
-
-def _repeat(batch: "TokenBatch", row: int, times: int) -> "TokenBatch":
-    from shared.tokens import TokenBatch
-
-    fields = ("input_ids_BT", "attention_mask_BT", "position_ids_BT", "prompt_lengths_B")
-    values = {name: getattr(batch, name)[row : row + 1] for name in fields}
-    return TokenBatch(**{name: x.expand(times, *x.shape[1:]).contiguous() for name, x in values.items()})
-
-
-def _single_nodes(problem: Problem, part_n3: Tensor, chunk: int, reference_LTN: Tensor) -> list[Keep]:
-    """Return the edits that put node j of the part, and nothing else, to its reference in row j of the batch."""
-    edits = []
-    for layer in part_n3[:, 0].unique().tolist():
-        chosen = (part_n3[:, 0] == layer).nonzero()[:, 0]
-        keep_BTN = torch.ones(chunk, *reference_LTN.shape[1:], dtype=torch.bool, device=reference_LTN.device)
-        keep_BTN[chosen, part_n3[chosen, 1], part_n3[chosen, 2]] = False
-        site = neuron_sites(problem.model)[layer]
-        edits.append(Keep(site, keep_BTX=keep_BTN, reference_BTX=reference_LTN[layer][None]))
-    return edits
-
-
-def _exact(problem: Problem, seed: int) -> Scores:
-    n_rows, n_targets = problem.metric.positions_BK.shape
-    scores_BKLTN = problem.activations_BLTN.new_zeros(n_rows, n_targets, *problem.activations_BLTN.shape[1:])
-    for row in range(n_rows):
-        real_LTN = problem.network.real_BT[row][None, :, None].expand(problem.activations_BLTN.shape[1:])
-        nodes_n3 = real_LTN.nonzero()
-        layer, position, neuron = nodes_n3.T
-        scores_BKLTN[row][:, layer, position, neuron] = exact_scores(problem, row, nodes_n3).T.to(
-            scores_BKLTN
-        )
-    return scores_BKLTN
-
-
-def _activation(problem: Problem, seed: int) -> Scores:
-    return problem.delta_BLTN.abs()[:, None].expand(-1, problem.metric.positions_BK.shape[1], -1, -1, -1)
-
-
-def _random(problem: Problem, seed: int) -> Scores:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(problem.batch), problem.metric.positions_BK.shape[1], *problem.delta_BLTN.shape[1:])
-    noise = torch.rand(shape, generator=generator).to(problem.delta_BLTN)
+def _random(problem: Problem, settings: Settings) -> Scores:
+    nodes_BLTN = problem.basis.norm(problem.delta_BLTN, problem.model.architecture)
+    shape = (len(nodes_BLTN), problem.n_targets, *nodes_BLTN.shape[1:])
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(settings.seed)).to(nodes_BLTN)
     return noise.masked_fill(~problem.network.real_BT[:, None, None, :, None], 0.0)
 
 
-ESTIMATORS: dict[str, Callable[[Problem, int], Scores]] = {
+ESTIMATORS: dict[str, Callable[[Problem, Settings], Scores]] = {
     "relp": _relp,
-    "atp": _atp,
-    "ig_activations": _ig_activations,
-    "exact": _exact,
-    "activation": _activation,
+    "relp_no_half": _relp_by(Rules(half=False)),
+    "relp_gate_detached": _relp_by(Rules(gate="detached")),
+    "relp_qk_open": _relp_by(Rules(qk="open")),
+    "relp_norm_open": _relp_by(Rules(norm="open")),
+    "relp_ig": _relp_ig,
+    "atp": atp,
+    "ig_activations": ig_activations,
+    "ig_inputs": ig_inputs,
+    "conductance": conductance,
+    "exact": exact,
+    "activation": _controls(lambda problem: problem.delta_BLTN),
+    "magnitude": _controls(lambda problem: problem.activations_BLTN),
     "random": _random,
 }
 

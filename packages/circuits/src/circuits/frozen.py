@@ -19,19 +19,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.layers import Cotangent, FrozenBlock, FrozenNorm
-from circuits.metric import Metric
+from circuits.metric import LOGITS, Metric, MetricError
 from circuits.rules import Rules, soft_cap_coefficient
 
 NeuronHook = Callable[[int, Float[Tensor, "B K T N"]], Float[Tensor, "B K T N"]]
 
 
 class Level(NamedTuple):
-    """What one block's backward step shows: cotangents on its neurons, before the MLP, and before attention."""
+    """What one block's backward step shows: cotangents on its output, its neurons, what attention adds, its input."""
 
     layer: int
     output_BKTD: Cotangent
     neurons_BKTN: Float[Tensor, "B K T N"]
-    middle_BKTD: Cotangent
+    attention_BKTD: Cotangent
     input_BKTD: Cotangent
 
 
@@ -57,6 +57,23 @@ class FrozenNetwork:
         """The observed activations of every block's neurons."""
         return [block.neurons_BTN for block in self.blocks]
 
+    def observed(self, metric: Metric) -> Float[Tensor, "B T X"]:
+        """Return the tensor that a metric reads, as the model computed it."""
+        if metric.site == LOGITS:
+            return self.logits_BTV
+        return (
+            self.final_BTD if metric.site == "final_norm" else self.blocks[self.depth(metric) - 1].output_BTD
+        )
+
+    def depth(self, metric: Metric) -> int:
+        """Return how many blocks lie below what a metric reads."""
+        if not metric.site.startswith("blocks."):
+            return len(self.blocks)
+        layer = int(metric.site.split(".")[1])
+        if layer >= len(self.blocks):
+            raise MetricError(f"the model has {len(self.blocks)} blocks, so there is no {metric.site}")
+        return layer + 1
+
     def readout(self, metric: Metric) -> tuple[Float[Tensor, "B K V"], Float[Tensor, "B K D"]]:
         """Return each target's weights on the pre-cap logits and, through the unembedding, on the final norm."""
         if self.soft_cap is None:
@@ -68,32 +85,41 @@ class FrozenNetwork:
         return capped_BKV, capped_BKV @ self.unembed_VD
 
     def seed(self, metric: Metric) -> Cotangent:
-        """Return the cotangent of each target on the output of the last block (zero away from its position)."""
-        _, read_BKD = self.readout(metric)
+        """Return the cotangent of each target on the output of the last block below it (zero off its position)."""
+        read_BKD = self.readout(metric)[1] if metric.site == LOGITS else metric.weights_BKV
         g_BKTD = read_BKD.new_zeros(*read_BKD.shape[:2], *self.embed_BTD.shape[1:])
         index = metric.positions_BK[..., None, None].expand(-1, -1, 1, g_BKTD.shape[-1])
-        return self.final_norm.transpose(g_BKTD.scatter(2, index, read_BKD[:, :, None]))
+        g_BKTD = g_BKTD.scatter(2, index, read_BKD[:, :, None])
+        return g_BKTD if metric.site.startswith("blocks.") else self.final_norm.transpose(g_BKTD)
 
     def logit_bias(self, metric: Metric) -> Float[Tensor, "B K"]:
         """Return the part of each target's value that the final norm's shift and the unembedding's bias give."""
+        share_BK = torch.zeros_like(metric.positions_BK, dtype=self.embed_BTD.dtype)
+        if metric.site.startswith("blocks."):
+            return share_BK
+        shift_D = self.final_norm.shift_D
+        if metric.site != LOGITS:
+            return share_BK if shift_D is None else share_BK + metric.weights_BKV @ shift_D
         capped_BKV, read_BKD = self.readout(metric)
-        share_BK = torch.zeros_like(read_BKD[..., 0])
-        if self.final_norm.shift_D is not None:
-            share_BK = share_BK + read_BKD @ self.final_norm.shift_D
+        if shift_D is not None:
+            share_BK = share_BK + read_BKD @ shift_D
         if self.unembed_bias_V is not None:
             share_BK = share_BK + capped_BKV @ self.unembed_bias_V
         return share_BK
 
-    def sweep(self, seed_BKTD: Cotangent) -> Iterator[Level]:
-        """Walk the blocks backwards from a cotangent on the last residual stream, through MLPs and attention."""
+    def sweep(self, seed_BKTD: Cotangent, depth: int | None = None) -> Iterator[Level]:
+        """Walk the blocks backwards from a cotangent on a residual stream, through MLPs and attention.
+
+        The stream is the last one, or the one above `depth` blocks.
+        """
         g_BKTD = seed_BKTD
-        for layer in reversed(range(len(self.blocks))):
+        for layer in reversed(range(len(self.blocks) if depth is None else depth)):
             block, output_BKTD = self.blocks[layer], g_BKTD
             neurons_BKTN = block.write_transpose(output_BKTD)
             middle_BKTD = output_BKTD + block.neurons_transpose(neurons_BKTN)
-            read_BKTD = output_BKTD if block.parallel else middle_BKTD
-            g_BKTD = middle_BKTD + block.attention_transpose(read_BKTD)
-            yield Level(layer, output_BKTD, neurons_BKTN, middle_BKTD, g_BKTD)
+            attention_BKTD = output_BKTD if block.parallel else middle_BKTD
+            g_BKTD = middle_BKTD + block.attention_transpose(attention_BKTD)
+            yield Level(layer, output_BKTD, neurons_BKTN, attention_BKTD, g_BKTD)
 
     def forward(
         self, embed_BKTD: Cotangent, bias: bool = True, on_neurons: NeuronHook | None = None
@@ -115,44 +141,14 @@ class FrozenNetwork:
 
     def row(self, index: int) -> "FrozenNetwork":
         """Return the frozen network of one example, its padding cut off (B becomes 1)."""
-        keep = self.real_BT[index].nonzero()[:, 0]
-        return _select(self, index, keep)
-
-
-def _norm_row(norm: FrozenNorm, index: int, keep: Tensor) -> FrozenNorm:
-    return replace(norm, scale_BTD=norm.scale_BTD[index : index + 1, keep])
-
-
-def _block_row(block: FrozenBlock, index: int, keep: Tensor) -> FrozenBlock:
-    one, attention = slice(index, index + 1), block.attention
-    return replace(
-        block,
-        attention=replace(
-            attention,
-            query_BHTd=attention.query_BHTd[one][:, :, keep],
-            key_BGTd=attention.key_BGTd[one][:, :, keep],
-            allowed_BTT=attention.allowed_BTT[one][:, keep][:, :, keep],
-        ),
-        attn_norm=_norm_row(block.attn_norm, index, keep),
-        attn_post=_norm_row(block.attn_post, index, keep),
-        mlp_norm=_norm_row(block.mlp_norm, index, keep),
-        mlp_post=_norm_row(block.mlp_post, index, keep),
-        gate_BTN=None if block.gate_BTN is None else block.gate_BTN[one, keep],
-        up_BTN=block.up_BTN[one, keep],
-        neurons_BTN=block.neurons_BTN[one, keep],
-    )
-
-
-def _select(net: FrozenNetwork, index: int, keep: Tensor) -> FrozenNetwork:
-    one = slice(index, index + 1)
-    return replace(
-        net,
-        blocks=tuple(_block_row(block, index, keep) for block in net.blocks),
-        final_norm=_norm_row(net.final_norm, index, keep),
-        final_BTD=net.final_BTD[one, keep],
-        embed_BTD=net.embed_BTD[one, keep],
-        position_BTD=None if net.position_BTD is None else net.position_BTD[one, keep],
-        logits_BTV=net.logits_BTV[one, keep],
-        input_ids_BT=net.input_ids_BT[one, keep],
-        real_BT=net.real_BT[one, keep],
-    )
+        keep_S, one = self.real_BT[index].nonzero()[:, 0], slice(index, index + 1)
+        tensors = {
+            name: None if getattr(self, name) is None else getattr(self, name)[one][:, keep_S]
+            for name in ("final_BTD", "embed_BTD", "position_BTD", "logits_BTV", "input_ids_BT", "real_BT")
+        }
+        return replace(
+            self,
+            blocks=tuple(block.select(one, keep_S) for block in self.blocks),
+            final_norm=self.final_norm.select(one, keep_S),
+            **tensors,
+        )

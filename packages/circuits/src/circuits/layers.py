@@ -11,11 +11,17 @@ The transposed steps act on cotangents g (B K T D: K targets an example) and are
 number of targets at once, the module of the user's model never touched (paper section 3; digest 3.1).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from circuits.frozen_attention import FrozenAttention
+
+if TYPE_CHECKING:
+    from shared.blocks import BlockView
 
 Cotangent = Float[Tensor, "B K T D"]
 
@@ -28,6 +34,11 @@ class FrozenNorm:
     shift_D: Float[Tensor, " D"] | None = None
     centred: bool = False
 
+    @classmethod
+    def identity(cls, x_BTD: Float[Tensor, "B T D"]) -> "FrozenNorm":
+        """Return the norm that is none, for a stream like x."""
+        return cls(torch.ones_like(x_BTD[..., :1]))
+
     def forward(self, x_BKTD: Cotangent, shift: bool = True) -> Cotangent:
         """Apply the frozen norm; `shift=False` gives its linear part alone."""
         x_BKTD = x_BKTD - x_BKTD.mean(-1, keepdim=True) if self.centred else x_BKTD
@@ -39,62 +50,80 @@ class FrozenNorm:
         g_BKTD = g_BKTD * self.scale_BTD[:, None]
         return g_BKTD - g_BKTD.mean(-1, keepdim=True) if self.centred else g_BKTD
 
+    def select(self, rows: slice, keep_S: Int[Tensor, " S"]) -> "FrozenNorm":
+        """Return the norm of some examples at the columns `keep`."""
+        return replace(self, scale_BTD=self.scale_BTD[rows][:, keep_S])
+
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """The linear maps of one block as plain tensors (rows are outputs); X is G*d, Y is H*d; biases may be absent."""
+    """The linear maps of one block (rows are outputs) in working precision; X is G*d, Y is H*d, biases may be absent.
 
-    value_XD: Float[Tensor, "X D"]
-    value_bias_X: Float[Tensor, " X"] | None
-    out_DY: Float[Tensor, "D Y"]
-    out_bias_D: Float[Tensor, " D"] | None
-    gate_ND: Float[Tensor, "N D"] | None
-    gate_bias_N: Float[Tensor, " N"] | None
-    up_ND: Float[Tensor, "N D"]
-    up_bias_N: Float[Tensor, " N"] | None
-    down_DN: Float[Tensor, "D N"]
-    down_bias_D: Float[Tensor, " D"] | None
+    Nothing is copied: a half-precision matrix is widened for each product and dropped after it.
+    """
+
+    view: "BlockView"
+
+    @property
+    def value_XD(self) -> Float[Tensor, "X D"]:
+        """Value projection."""
+        return working(self.view.W_v)
+
+    @property
+    def value_bias_X(self) -> Float[Tensor, " X"] | None:
+        """Its bias."""
+        return optional(self.view.b_v)
+
+    @property
+    def out_DY(self) -> Float[Tensor, "D Y"]:
+        """Output projection of attention."""
+        return working(self.view.W_o)
+
+    @property
+    def out_bias_D(self) -> Float[Tensor, " D"] | None:
+        """Its bias."""
+        return optional(self.view.b_o)
+
+    @property
+    def gate_ND(self) -> Float[Tensor, "N D"] | None:
+        """Gate projection, where the MLP is gated."""
+        return optional(self.view.W_gate)
+
+    @property
+    def gate_bias_N(self) -> Float[Tensor, " N"] | None:
+        """Its bias."""
+        return optional(self.view.b_gate)
+
+    @property
+    def up_ND(self) -> Float[Tensor, "N D"]:
+        """Up projection."""
+        return working(self.view.W_up)
+
+    @property
+    def up_bias_N(self) -> Float[Tensor, " N"] | None:
+        """Its bias."""
+        return optional(self.view.b_up)
+
+    @property
+    def down_DN(self) -> Float[Tensor, "D N"]:
+        """Down projection."""
+        return working(self.view.W_down)
+
+    @property
+    def down_bias_D(self) -> Float[Tensor, " D"] | None:
+        """Its bias."""
+        return optional(self.view.b_down)
 
 
-@dataclass(frozen=True)
-class FrozenAttention:
-    """What rebuilds one layer's pattern: rotated queries and keys, scale, soft cap, and who may look at whom."""
+def working(tensor: Tensor) -> Tensor:
+    """A tensor in the precision coefficients are kept in: float32, or float64 for a float64 model."""
+    tensor = tensor.detach()
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
-    query_BHTd: Float[Tensor, "B H T d"]
-    key_BGTd: Float[Tensor, "B G T d"]
-    scaling: float
-    soft_cap: float | None
-    allowed_BTT: Bool[Tensor, "B T T"]
-    softmax_dtype: torch.dtype
 
-    def pattern(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "B H Q T"]:
-        """Return the attention pattern of query rows start to stop; rows that may see nothing are zero."""
-        query_BHQd = self.query_BHTd[:, :, start:stop]
-        groups = query_BHQd.shape[1] // self.key_BGTd.shape[1]
-        key_BHTd = self.key_BGTd.repeat_interleave(groups, dim=1)
-        score_BHQT = query_BHQd @ key_BHTd.transpose(-1, -2) * self.scaling
-        if self.soft_cap is not None:
-            score_BHQT = self.soft_cap * torch.tanh(score_BHQT / self.soft_cap)
-        blocked_B1QT = ~self.allowed_BTT[:, None, start:stop]
-        pattern_BHQT = score_BHQT.masked_fill(blocked_B1QT, -torch.inf).softmax(-1, self.softmax_dtype)
-        return pattern_BHQT.to(score_BHQT.dtype).masked_fill(blocked_B1QT, 0.0)
-
-    def mix(self, value_BKTX: Float[Tensor, "B K T X"]) -> Float[Tensor, "B K T Y"]:
-        """Apply the pattern to values: A v, key/value heads repeated over their query heads."""
-        n_heads, n_groups = self.query_BHTd.shape[1], self.key_BGTd.shape[1]
-        value_BKTGd = value_BKTX.unflatten(-1, (n_groups, -1))
-        value_BKTHd = value_BKTGd.repeat_interleave(n_heads // n_groups, dim=3)
-        return torch.einsum("bhqt,bkthd->bkqhd", self.pattern(), value_BKTHd).flatten(-2)
-
-    def mix_transpose(self, g_BKTY: Float[Tensor, "B K T Y"], block: int = 512) -> Float[Tensor, "B K T X"]:
-        """Pull a cotangent on the heads back to the values, rebuilding the pattern `block` query rows at a time."""
-        n_heads, n_groups = self.query_BHTd.shape[1], self.key_BGTd.shape[1]
-        g_BKTHd = g_BKTY.unflatten(-1, (n_heads, -1))
-        total_BKTHd = torch.zeros_like(g_BKTHd)
-        for start in range(0, g_BKTHd.shape[2], block):
-            rows = g_BKTHd[:, :, start : start + block]
-            total_BKTHd += torch.einsum("bhqt,bkqhd->bkthd", self.pattern(start, start + block), rows)
-        return total_BKTHd.unflatten(3, (n_groups, -1)).sum(4).flatten(-2)
+def optional(tensor: Tensor | None) -> Tensor | None:
+    """The same of a tensor that may be absent."""
+    return None if tensor is None else working(tensor)
 
 
 @dataclass(frozen=True)
@@ -110,23 +139,63 @@ class FrozenBlock:
     gate_BTN: Float[Tensor, "B T N"] | None
     up_BTN: Float[Tensor, "B T N"]
     neurons_BTN: Float[Tensor, "B T N"]
+    output_BTD: Float[Tensor, "B T D"]
     parallel: bool
+
+    @property
+    def affine(self) -> bool:
+        """Whether the block has any bias or norm shift (most families have none)."""
+        view = self.weights.view
+        biases = (view.b_v, view.b_o, view.b_gate, view.b_up, view.b_down)
+        norms = (self.attn_norm, self.attn_post, self.mlp_norm, self.mlp_post)
+        return any(b is not None for b in biases) or any(norm.shift_D is not None for norm in norms)
+
+    def select(self, rows: slice, keep_S: Int[Tensor, " S"]) -> "FrozenBlock":
+        """Return the block of some examples with only the columns `keep` (see `FrozenAttention.select`)."""
+        norms = {
+            name: getattr(self, name).select(rows, keep_S)
+            for name in ("attn_norm", "attn_post", "mlp_norm", "mlp_post")
+        }
+        return replace(
+            self,
+            **norms,
+            attention=self.attention.select(rows, keep_S),
+            gate_BTN=None if self.gate_BTN is None else self.gate_BTN[rows][:, keep_S],
+            up_BTN=self.up_BTN[rows][:, keep_S],
+            neurons_BTN=self.neurons_BTN[rows][:, keep_S],
+            output_BTD=self.output_BTD[rows][:, keep_S],
+        )
 
     def attention_forward(self, x_BKTD: Cotangent, bias: bool = True) -> Cotangent:
         """Return what attention adds to the residual stream; `bias=False` gives the linear part alone."""
+        raw_BKTD = self.attention.mix(self._values(x_BKTD, bias)) @ self.weights.out_DY.T
+        return self._attention_write(raw_BKTD, self.attn_post, bias)
+
+    def attention_at(self, x_BKTD: Cotangent, columns_S: Int[Tensor, " S"]) -> Float[Tensor, "B K S D"]:
+        """Return what attention adds at a few columns (increasing), reading the whole stream."""
+        raw_BKSD = self.attention.mix(self._values(x_BKTD, True), columns_S) @ self.weights.out_DY.T
+        return self._attention_write(raw_BKSD, self.attn_post.select(slice(None), columns_S), True)
+
+    def _values(self, x_BKTD: Cotangent, bias: bool) -> Float[Tensor, "B K T X"]:
         w = self.weights
         value_BKTX = self.attn_norm.forward(x_BKTD, bias) @ w.value_XD.T
         if bias and w.value_bias_X is not None:
             value_BKTX = value_BKTX + w.value_bias_X
-        raw_BKTD = self.attention.mix(value_BKTX) @ w.out_DY.T
-        if bias and w.out_bias_D is not None:
-            raw_BKTD = raw_BKTD + w.out_bias_D
-        return self.attn_post.forward(raw_BKTD, bias)
+        return value_BKTX
+
+    def _attention_write(self, raw_BKTD: Cotangent, post: FrozenNorm, bias: bool) -> Cotangent:
+        if bias and self.weights.out_bias_D is not None:
+            raw_BKTD = raw_BKTD + self.weights.out_bias_D
+        return post.forward(raw_BKTD, bias)
+
+    def heads_transpose(self, g_BKTD: Cotangent) -> Float[Tensor, "B K T Y"]:
+        """Return the effect of one unit of every head coordinate (input of the output projection)."""
+        return self.attn_post.transpose(g_BKTD) @ self.weights.out_DY
 
     def attention_transpose(self, g_BKTD: Cotangent) -> Cotangent:
         """Pull a cotangent on the residual stream after attention back through the OV paths alone."""
-        g_BKTY = self.attn_post.transpose(g_BKTD) @ self.weights.out_DY
-        return self.attn_norm.transpose(self.attention.mix_transpose(g_BKTY) @ self.weights.value_XD)
+        value_BKTX = self.attention.mix_transpose(self.heads_transpose(g_BKTD))
+        return self.attn_norm.transpose(value_BKTX @ self.weights.value_XD)
 
     def attention_bias(self) -> Float[Tensor, "B T D"]:
         """Return the constant that value, output and norm biases write at each position (pattern rows sum to 1)."""
@@ -149,7 +218,7 @@ class FrozenBlock:
         out_BKTN = (normed_BKTD @ self.weights.up_ND.T) * self.up_BTN[:, None]
         if self.gate_BTN is not None and self.weights.gate_ND is not None:
             out_BKTN = out_BKTN + (normed_BKTD @ self.weights.gate_ND.T) * self.gate_BTN[:, None]
-        return out_BKTN + self.neuron_bias()[:, None] if bias else out_BKTN
+        return out_BKTN + self.neuron_bias()[:, None] if bias and self.affine else out_BKTN
 
     def neurons_transpose(self, g_BKTN: Float[Tensor, "B K T N"]) -> Cotangent:
         """Pull a cotangent on the neurons back to the residual stream that the MLP reads."""

@@ -1,26 +1,26 @@
 """Freeze one forward pass of any supported model into a linear network (paper section 3, RelP; digest 1.4 and 3.1).
 
-1. One ordinary forward pass with captures; the model is neither changed nor differentiated.
-2. Per block: norm scales from the streams they read, attention patterns rebuilt from captured queries and keys with
-   the model's own rotary embedding, scale, mask and soft cap, neuron coefficients from the pre-activations by the
-   rules.
-3. `check` replays every frozen component on what it read and compares it with what the model computed; a model whose
-   structure differs from the table is refused by the name of the part that fails.
+1. `observe`: one ordinary forward pass with captures; the model is neither changed nor differentiated.
+2. `freeze`: per block, norm scales from the streams they read, queries and keys (rotated as the model does) that
+   rebuild the attention pattern, and neuron coefficients from the pre-activations by the rules.
+3. Every frozen component is replayed on what it read and compared with the model (`circuits.selfcheck`).
 
 Half-precision models run as they are; coefficients and everything after are float32.
 """
 
 import sys
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.frozen import FrozenNetwork
-from circuits.layers import BlockWeights, FrozenAttention, FrozenBlock, FrozenNorm
-from circuits.rules import Rules, neuron_coefficients
-from shared.errors import UserError
+from circuits.frozen_attention import FrozenAttention
+from circuits.layers import BlockWeights, FrozenBlock, FrozenNorm, optional, working
+from circuits.rules import Rules, RulesError, neuron_coefficients
+from circuits.selfcheck import TOLERANCE, LinearizeError, affine, check_block, check_finite, check_logits
 from shared.hooks import capture
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from shared.models import Model
     from shared.tokens import TokenBatch
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+__all__ = ["TOLERANCE", "LinearizeError", "Observed", "freeze", "linearize", "observe"]
+
 BLOCK_SITES = (
     "input",
     "attn_norm",
@@ -44,60 +45,93 @@ BLOCK_SITES = (
 )
 
 
-class LinearizeError(UserError):
-    """A frozen component does not reproduce the model; the message names it."""
+@dataclass(frozen=True)
+class Observed:
+    """What one forward pass computed at every site that freezing needs, zero at padding, and its logits."""
+
+    batch: "TokenBatch"
+    acts: dict[str, Float[Tensor, "B T X"]]
+    logits_BTV: Float[Tensor, "B T V"]
+
+    def output(self, layer: int) -> Float[Tensor, "B T D"]:
+        """The residual stream after a block."""
+        following = f"blocks.{layer + 1}.input"
+        return self.acts[following if following in self.acts else f"blocks.{layer}.output"]
 
 
-def linearize(
-    model: "Model", batch: "TokenBatch", rules: Rules | None = None, checked: bool = True
-) -> FrozenNetwork:
-    """Run the model once on the batch and return its frozen network; raises LinearizeError where it does not close."""
+def observe(model: "Model", batch: "TokenBatch") -> Observed:
+    """Run the model once on the batch, under its active edits, and keep what freezing needs."""
     architecture, batch = model.architecture, batch.to(model.device)
     kinds = [kind for kind in BLOCK_SITES if kind in architecture.block_sites()]
     sites = [f"blocks.{layer}.{kind}" for layer in range(architecture.n_layers) for kind in kinds]
     last = f"blocks.{architecture.n_layers - 1}.output"
     with torch.no_grad(), capture(model, ["embed", *sites, last, "final_norm"]) as seen:
         logits_BTV = model(batch)
-    padding_BT1 = ~batch.attention_mask_BT.bool()[..., None]
-    acts = {site: _working(x).masked_fill(padding_BT1, 0.0) for site, x in seen.items()}
+    acts = {site: working(x) for site, x in seen.items()}
+    real_BT = batch.attention_mask_BT.bool()
+    if not real_BT.all():
+        acts = {site: x.masked_fill(~real_BT[..., None], 0.0) for site, x in acts.items()}
+    return Observed(batch, acts, working(logits_BTV))
+
+
+def linearize(
+    model: "Model", batch: "TokenBatch", rules: Rules | None = None, checked: bool = True
+) -> FrozenNetwork:
+    """Run the model once on the batch and return its frozen network; raises LinearizeError where it does not close."""
+    return freeze(model, observe(model, batch), rules, checked)
+
+
+def freeze(
+    model: "Model", observed: Observed, rules: Rules | None = None, checked: bool = True
+) -> FrozenNetwork:
+    """Return the frozen network of an observed pass, whose pre-activations it takes out.
+
+    Raises LinearizeError where the network does not reproduce the pass.
+    """
     rules = rules or Rules()
+    if not rules.linear:
+        raise RulesError(
+            "with attention patterns or norms open there is no frozen network, so no ledger and no edges; node scores "
+            "by these rules are the estimators relp_qk_open and relp_norm_open"
+        )
+    architecture, batch, acts = model.architecture, observed.batch, observed.acts
+    real_BT = batch.attention_mask_BT.bool()
+    if checked:
+        check_finite(observed.logits_BTV, real_BT)
     with torch.no_grad():
-        blocks = tuple(_block(model, batch, acts, layer, rules) for layer in range(architecture.n_layers))
+        blocks = []
+        for layer in range(architecture.n_layers):
+            block = _block(model, observed, layer, rules)
+            if checked:
+                check_block(block, acts, layer, rules, TOLERANCE[model.dtype])
+            blocks.append(block)
         network = FrozenNetwork(
-            blocks=blocks,
-            final_norm=_norm(architecture.final_norm, acts[last], acts["final_norm"]),
-            unembed_VD=_working(architecture.W_U),
+            blocks=tuple(blocks),
+            final_norm=_norm(architecture.final_norm, blocks[-1].output_BTD, acts["final_norm"]),
+            unembed_VD=working(architecture.W_U),
             unembed_bias_V=_unembed_bias(model),
             final_BTD=acts["final_norm"],
             soft_cap=architecture.final_softcap,
             embed_BTD=acts["embed"],
             position_BTD=_positions(model, batch),
-            logits_BTV=_working(logits_BTV),
+            logits_BTV=observed.logits_BTV,
             input_ids_BT=batch.input_ids_BT,
-            real_BT=batch.attention_mask_BT.bool(),
+            real_BT=real_BT,
             rules=rules,
         )
         if checked:
-            check(model, network, acts)
+            check_logits(network, TOLERANCE[model.dtype])
     return network
 
 
-def _working(tensor: Any) -> Any:
-    """A tensor in the precision coefficients are kept in: float32, or float64 for a float64 model."""
-    if tensor is None:
-        return None
-    tensor = tensor.detach()
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _unembed_bias(model: "Model") -> Tensor | None:
-    return _working(getattr(model.hf.get_submodule(model.architecture.row.unembed), "bias", None))
+    return optional(getattr(model.hf.get_submodule(model.architecture.row.unembed), "bias", None))
 
 
 def _positions(model: "Model", batch: "TokenBatch") -> Float[Tensor, "B T D"] | None:
     """Learned position embeddings as the model adds them (None where positions are rotary)."""
     table = model.architecture.W_P
-    return None if table is None else _working(table)[batch.position_ids_BT]
+    return None if table is None else working(table)[batch.position_ids_BT]
 
 
 def _norm(view: "NormView | None", x_BTD: Tensor, y_BTD: Tensor) -> FrozenNorm:
@@ -107,47 +141,45 @@ def _norm(view: "NormView | None", x_BTD: Tensor, y_BTD: Tensor) -> FrozenNorm:
     formula: the rounding then belongs to the coefficient, and sums close to full precision.
     """
     if view is None:
-        return FrozenNorm(torch.ones_like(x_BTD[..., :1]))
+        return FrozenNorm.identity(x_BTD)
     centred = view.kind == "layer"
-    shift_D = _working(view.bias)
-    formula_BTD = _working(view.scale(x_BTD)).to(x_BTD.dtype) * _working(view.gain)
+    shift_D = optional(view.bias)
+    formula_BTD = working(view.scale(x_BTD)).to(x_BTD.dtype) * working(view.gain)
     base_BTD = x_BTD - x_BTD.mean(-1, keepdim=True) if centred else x_BTD
     observed_BTD = (y_BTD if shift_D is None else y_BTD - shift_D) / base_BTD
     agrees_BTD = (observed_BTD - formula_BTD).abs() <= 1e-5 * formula_BTD.abs()
     return FrozenNorm(torch.where(agrees_BTD, observed_BTD, formula_BTD), shift_D, centred)
 
 
-def _block(
-    model: "Model", batch: "TokenBatch", acts: dict[str, Tensor], layer: int, rules: Rules
-) -> FrozenBlock:
-    view, at = model.architecture.block(layer), f"blocks.{layer}."
-    weights = _weights(view)
+def _block(model: "Model", observed: Observed, layer: int, rules: Rules) -> FrozenBlock:
+    view, acts, at = model.architecture.block(layer), observed.acts, f"blocks.{layer}."
+    weights = BlockWeights(view)
     input_BTD, attn_BTD = acts[at + "input"], acts[at + "attn_out"]
     middle_BTD = input_BTD if view.parallel else input_BTD + attn_BTD
-    attn_raw_BTD = _affine(acts[at + "heads"], weights.out_DY, weights.out_bias_D)
-    mlp_raw_BTD = _affine(acts[at + "neurons"], weights.down_DN, weights.down_bias_D)
-    gate_BTN, up_BTN = neuron_coefficients(view.activation, acts.get(at + "gate"), acts[at + "up"], rules)
+    # Taken out: in a long prompt the pre-activations of all layers beside their coefficients would be the peak.
+    gate_BTN, up_BTN = neuron_coefficients(
+        view.activation, acts.pop(at + "gate", None), acts.pop(at + "up"), rules
+    )
+    attn_post, mlp_post = FrozenNorm.identity(input_BTD), FrozenNorm.identity(input_BTD)
+    if view.attn_post_norm is not None:
+        raw_BTD = affine(acts[at + "heads"], weights.out_DY, weights.out_bias_D)
+        attn_post = _norm(view.attn_post_norm, raw_BTD, attn_BTD)
+    if view.mlp_post_norm is not None:
+        raw_BTD = affine(acts[at + "neurons"], weights.down_DN, weights.down_bias_D)
+        mlp_post = _norm(view.mlp_post_norm, raw_BTD, acts[at + "mlp_out"])
     return FrozenBlock(
         weights=weights,
-        attention=_attention(model, batch, view, acts[at + "q"], acts[at + "k"]),
+        attention=_attention(model, observed.batch, view, acts[at + "q"], acts[at + "k"]),
         attn_norm=_norm(view.attn_norm, input_BTD, acts.get(at + "attn_norm", input_BTD)),
-        attn_post=_norm(view.attn_post_norm, attn_raw_BTD, attn_BTD),
+        attn_post=attn_post,
         mlp_norm=_norm(view.mlp_norm, middle_BTD, acts.get(at + "mlp_norm", middle_BTD)),
-        mlp_post=_norm(view.mlp_post_norm, mlp_raw_BTD, acts[at + "mlp_out"]),
+        mlp_post=mlp_post,
         gate_BTN=gate_BTN,
         up_BTN=up_BTN,
         neurons_BTN=acts[at + "neurons"],
+        output_BTD=observed.output(layer),
         parallel=view.parallel,
     )
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight.T if bias is None else x @ weight.T + bias
-
-
-def _weights(view: "BlockView") -> BlockWeights:
-    names = ("W_v", "b_v", "W_o", "b_o", "W_gate", "b_gate", "W_up", "b_up", "W_down", "b_down")
-    return BlockWeights(*(_working(getattr(view, name)) for name in names))
 
 
 def _attention(
@@ -164,7 +196,8 @@ def _attention(
         key_BGTd=key_BGTd,
         scaling=view.attention_scale,
         soft_cap=None if implementation == "sdpa" else view.attention_softcap,
-        allowed_BTT=_allowed(batch, view.sliding_window),
+        window=view.sliding_window,
+        real_BT=batch.attention_mask_BT.bool(),
         softmax_dtype=torch.float32 if single else query_BHTd.dtype,
     )
 
@@ -190,56 +223,3 @@ def _rotated(
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     query, key = rotate(pair[0], pair[1], cos, sin)
     return query, key
-
-
-def _allowed(batch: "TokenBatch", window: int | None) -> Bool[Tensor, "B T T"]:
-    """Causal, within the sliding window, between real tokens."""
-    real_BT = batch.attention_mask_BT.bool()
-    steps_T = torch.arange(real_BT.shape[1], device=real_BT.device)
-    distance_TT = steps_T[:, None] - steps_T[None, :]
-    allowed_TT = distance_TT >= 0
-    if window is not None:
-        allowed_TT = allowed_TT & (distance_TT < window)
-    return allowed_TT & real_BT[:, :, None] & real_BT[:, None, :]
-
-
-def check(model: "Model", network: FrozenNetwork, acts: dict[str, Tensor]) -> None:
-    """Compare every frozen component with the model at real positions; LinearizeError names the first miss."""
-    tolerance = TOLERANCE[model.dtype]
-    if not network.logits_BTV[network.real_BT].isfinite().all():
-        raise LinearizeError(
-            "the model's own logits are not finite on this batch. Transformers' eager attention does this in float64 "
-            "under left padding: pad on the right, or load the model in float32."
-        )
-    for layer, block in enumerate(network.blocks):
-        at = f"blocks.{layer}."
-        x_BKTD, attn_BTD = acts[at + "input"][:, None], acts[at + "attn_out"]
-        read_BKTD = x_BKTD if block.parallel else x_BKTD + attn_BTD[:, None]
-        neurons = acts[at + "neurons"]
-        found = {
-            "attn_out": (block.attention_forward(x_BKTD), attn_BTD),
-            "mlp_out": (block.write_forward(neurons[:, None]), acts[at + "mlp_out"]),
-        }
-        if network.rules == Rules():
-            found["neurons"] = (block.neurons_forward(read_BKTD), neurons)
-        for name, (mine, theirs) in found.items():
-            _compare(at + name, mine[:, 0], theirs, network.real_BT, tolerance)
-    _compare("logits", _logits(network), network.logits_BTV, network.real_BT, tolerance)
-
-
-def _logits(network: FrozenNetwork) -> Float[Tensor, "B T V"]:
-    logits_BTV = _affine(network.final_BTD, network.unembed_VD, network.unembed_bias_V)
-    cap = network.soft_cap
-    return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
-
-
-def _compare(name: str, mine: Tensor, theirs: Tensor, real_BT: Tensor, tolerance: float) -> None:
-    difference = (mine - theirs)[real_BT].abs().max()
-    scale = theirs[real_BT].abs().max().clamp_min(torch.finfo(theirs.dtype).tiny)
-    if not difference <= tolerance * scale:
-        raise LinearizeError(
-            f"the frozen network does not reproduce {name}: off by {float(difference / scale):.1e} of its largest "
-            f"value (allowed {tolerance:.0e}). This model computes something its family's row in shared.architecture "
-            "does not state (another attention implementation, an adapter, an active edit?); "
-            "remove it or trace another model."
-        )

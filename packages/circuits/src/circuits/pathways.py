@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.bases import NEURONS, basis_named
 from shared.errors import UserError
 from shared.hooks import capture, edit
 from shared.interventions import Intervention
@@ -40,16 +41,21 @@ class Keep(Intervention):
 
 def neuron_sites(model: "Model") -> list[str]:
     """Return the neuron sites of all blocks in order."""
-    return [f"blocks.{layer}.neurons" for layer in range(model.architecture.n_layers)]
+    return NEURONS.sites(model.architecture)
+
+
+def node_activations(model: "Model", batch: "TokenBatch", basis: str = "neurons") -> Float[Tensor, "B L T X"]:
+    """Return the coordinates of all nodes of a basis on the batch (zero at padding; embeddings have one layer)."""
+    sites, batch = basis_named(basis).sites(model.architecture), batch.to(model.device)
+    with torch.no_grad(), capture(model, sites) as acts:
+        model(batch)
+    acts_BLTX = torch.stack([acts[site].detach() for site in sites], dim=1)
+    return acts_BLTX.masked_fill(~batch.attention_mask_BT.bool()[:, None, :, None], 0.0)
 
 
 def neuron_activations(model: "Model", batch: "TokenBatch") -> Float[Tensor, "B L T N"]:
     """Return the activations of all neurons on the batch (zero at padding)."""
-    sites, batch = neuron_sites(model), batch.to(model.device)
-    with torch.no_grad(), capture(model, sites) as acts:
-        model(batch)
-    acts_BLTN = torch.stack([acts[site].detach() for site in sites], dim=1)
-    return acts_BLTN.masked_fill(~batch.attention_mask_BT.bool()[:, None, :, None], 0.0)
+    return node_activations(model, batch)
 
 
 def pathway_edits(
@@ -75,10 +81,10 @@ def run_pathway(
         return model(batch)
 
 
-def mean_reference(model: "Model", batch: "TokenBatch") -> Float[Tensor, "1 L T N"]:
-    """Return every neuron's mean over the batch at each position; all rows must have the same length."""
+def mean_reference(model: "Model", batch: "TokenBatch", basis: str = "neurons") -> Float[Tensor, "1 L T X"]:
+    """Return every node's mean over the batch at each position; all rows must have the same length."""
     _one_length(batch, "a mean for each position")
-    return neuron_activations(model, batch).mean(0, keepdim=True)
+    return node_activations(model, batch, basis).mean(0, keepdim=True)
 
 
 def _one_length(batch: "TokenBatch", what: str) -> None:
@@ -87,10 +93,10 @@ def _one_length(batch: "TokenBatch", what: str) -> None:
         raise UserError(f"{what} needs prompts of one length, got lengths {lengths}: group them first")
 
 
-def zero_reference(model: "Model") -> Float[Tensor, "1 L 1 N"]:
+def zero_reference(model: "Model", basis: str = "neurons") -> Float[Tensor, "1 L 1 X"]:
     """Return the zero reference."""
-    architecture = model.architecture
-    shape = (1, architecture.n_layers, 1, architecture.n_neurons)
+    sites = basis_named(basis).sites(model.architecture)
+    shape = (1, len(sites), 1, model.architecture.site_width(sites[0]))
     return torch.zeros(shape, dtype=model.dtype, device=model.device)
 
 

@@ -33,11 +33,19 @@ class Rules:
     """Switches of the linearisation; the defaults are RelP, the others its ablations.
 
     `half=False` gives both factors of the gate product full credit (breaks conservation); `gate="detached"` treats
-    the whole of act(z) as a constant, so that all credit goes to u.
+    the whole of act(z) as a constant, so that all credit goes to u. `qk="open"` lets credit through queries and keys,
+    `norm="open"` differentiates norms (both break conservation, and leave no frozen network: see `circuits.surrogate`).
     """
 
     half: bool = True
     gate: Literal["secant", "detached"] = "secant"
+    qk: Literal["frozen", "open"] = "frozen"
+    norm: Literal["frozen", "open"] = "frozen"
+
+    @property
+    def linear(self) -> bool:
+        """Whether these rules leave a linear network with constant coefficients."""
+        return self.qk == "frozen" and self.norm == "frozen"
 
 
 class NeuronCoefficients(NamedTuple):
@@ -86,8 +94,8 @@ def neuron_coefficients(
     kappa_BTN = secant(activation, gate_BTN)
     if rules.gate == "detached":
         return NeuronCoefficients(torch.zeros_like(up_BTN), kappa_BTN * gate_BTN)
-    share = 0.5 if rules.half else 1.0
-    return NeuronCoefficients(share * kappa_BTN * up_BTN, share * kappa_BTN * gate_BTN)
+    share_BTN = kappa_BTN.mul_(0.5) if rules.half else kappa_BTN
+    return NeuronCoefficients(share_BTN * up_BTN, share_BTN.mul_(gate_BTN))
 
 
 def soft_cap_coefficient(logits: Tensor, cap: float | None) -> Tensor:

@@ -19,11 +19,11 @@ from circuits.attribution import Problem, pose
 from circuits.describe import describe
 from circuits.edges import DirectEffects, Neurons, direct_effects
 from circuits.graph import ATTN_BIAS, EMBEDDING, LOGIT, MLP_BIAS, NEURON, POSITION, Graph, Header
-from circuits.linearize import TOLERANCE, LinearizeError
 from circuits.metric import Metric, MetricError, logit_difference, top_logits
 from circuits.prune import select_edges, select_nodes
 from circuits.relp import Relevance, relp
 from circuits.rules import Rules
+from circuits.selfcheck import TOLERANCE, require_conservation
 from circuits.tasks import answer_token
 
 if TYPE_CHECKING:
@@ -92,13 +92,8 @@ def trace_problem(
 
 
 def _check_conservation(problem: Problem, relevance: Relevance) -> None:
-    error, allowed = relevance.ledger.error(), TOLERANCE[problem.model.dtype]
-    if problem.network.rules == Rules() and not error <= allowed:
-        raise LinearizeError(
-            f"relevance is not conserved: the sum over all sources misses the metric by {error:.1e} of its value (of "
-            f"the absolute relevance, where the value is below a tenth of that); allowed is {allowed:.0e}. Run the "
-            "model in float32, and without adapters or active edits."
-        )
+    if problem.network.rules == Rules():
+        require_conservation(relevance.ledger.error(), TOLERANCE[problem.model.dtype])
 
 
 class _Builder:
