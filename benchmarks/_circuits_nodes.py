@@ -20,6 +20,7 @@ import torch
 from _circuits_models import prompts, random_llama
 
 from circuits.attribution import attribute, pose
+from circuits.memory import GIB, estimate
 from circuits.metric import Metric, logit_difference, top_logits
 from shared.models import Model
 from shared.tokens import TokenBatch
@@ -105,17 +106,17 @@ def run_long_prompt() -> dict[str, float]:
     """Score all neurons of one long prompt, then trace direct effects on neurons spread over layers and positions."""
     import resource
 
-    from circuits.edges import Neurons, direct_effects
+    from _circuits_edges import spread
+
+    from circuits.edges import direct_effects
 
     model = random_llama("small")
     start = time.perf_counter()
     problem = pose(model, prompts(model, 1, LONG), lambda logits, at: top_logits(logits, at, 1))
     node_scores_BKLTN = attribute(problem, "relp")
     nodes_s = time.perf_counter() - start
-    layers, positions, neurons = node_scores_BKLTN.shape[2:]
-    spread = torch.linspace(0, layers * positions * neurons - 1, EDGE_TARGETS).long()
-    place = torch.stack(torch.unravel_index(spread, (layers, positions, neurons)))
-    effects = direct_effects(problem.network, Neurons(*place), problem.metric)
+    assert node_scores_BKLTN.isfinite().all()
+    effects = direct_effects(problem.network, spread(model, EDGE_TARGETS, LONG), problem.metric)
     miss_S = (effects.inflow() - effects.value_S).abs()
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
@@ -123,4 +124,5 @@ def run_long_prompt() -> dict[str, float]:
         "nodes_s": nodes_s,
         "edges_s": time.perf_counter() - start - nodes_s,
         "worst_inflow_error": float(miss_S.max()),
+        "long_prompt_estimate_gib": estimate(model, 1, LONG).total / GIB,
     }

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import _circuits_edges
 import _circuits_gpu
 import _circuits_nodes
 import torch
@@ -22,13 +23,14 @@ from _results import write_results
 CLAIM = (
     "Node scores and direct edges of random models, float32: ratios of times in one run, sides interleaved."
 )
-TARGETS = dict(_circuits_nodes.TARGETS)
+TARGETS = _circuits_nodes.TARGETS | _circuits_edges.TARGETS
 
 
 def parts() -> dict[str, Callable[[int], list[dict[str, float]]]]:
     """The parts of the benchmark by name: each returns the figures of every round."""
     return {
         "nodes": _circuits_nodes.measure,
+        "edges": _circuits_edges.measure,
         "long": lambda rounds: [_circuits_nodes.long_prompt_peak()],
         "gpu": _circuits_gpu.measure,
     }

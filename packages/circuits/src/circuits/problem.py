@@ -17,6 +17,7 @@ from torch import Tensor
 from circuits.bases import NEURONS, Basis, basis_named
 from circuits.frozen import FrozenNetwork
 from circuits.linearize import Observed, freeze, observe
+from circuits.memory import require_memory
 from circuits.metric import LOGITS, Metric
 from circuits.pathways import zero_reference
 from circuits.rules import Rules
@@ -104,8 +105,10 @@ def pose(
 ) -> Problem:
     """Run the model once and state the problem; `make_metric(logits_BTV, last_positions_B)` gives the metric.
 
-    References are zero unless given (see the module docstring). Raises UserError where one does not fit the batch.
+    References are zero unless given (see the module docstring). Raises UserError where one does not fit the batch, and
+    NotEnoughMemoryError before the pass where it would not fit into memory.
     """
+    require_memory(model, batch)
     nodes, observed = basis_named(basis), observe(model, batch)
     acts_BLTX = _activations(model, observed, nodes)
     reference_BLTX = zero_reference(model, basis) if reference_BLTN is None else reference_BLTN
