@@ -10,10 +10,15 @@ from sklearn.linear_model import Ridge
 from assumptions.metrics import extremes_auroc
 from assumptions.organism import filter_cosine, filter_limit, pattern_cosine, plant, signal_share
 from assumptions.ridge import Factors, r2
+from assumptions.rows import InMemory, blocks_in_memory
 from assumptions.selection import choose, held_out_r2, shuffled_searches
 from assumptions.splits import Split
 
 NOISE = math.sqrt(1 / 12 * (1 / 0.703 - 1))  # rho = 0.703 at strength 1
+
+
+def ridge(resid_BD, targets_BK, strength):
+    return Factors(InMemory(resid_BD), range(len(resid_BD)), targets_BK).solve(strength)
 
 
 def cosine(first_D, second_D):
@@ -29,28 +34,28 @@ def covariance_directions(planted):
 def test_directions_follow_the_formulas(rows, width):
     planted = plant(rows, width, noise=NOISE, seed=rows + width)
     rho = signal_share(1.0, NOISE)
-    weights_DK = Factors(planted.resid_BD).solve(planted.latents_BK, 1e-6).weight_DK
-    ridge = np.mean([cosine(w, v) for w, v in zip(weights_DK.T, planted.directions_KD)])
+    weights_DK = ridge(planted.resid_BD, planted.latents_BK, 1e-6).weight_DK
+    found = np.mean([cosine(w, v) for w, v in zip(weights_DK.T, planted.directions_KD)])
     pattern = np.mean([cosine(w, v) for w, v in zip(covariance_directions(planted), planted.directions_KD)])
-    assert ridge == pytest.approx(filter_cosine(rho, rows, width), abs=0.02)
+    assert found == pytest.approx(filter_cosine(rho, rows, width), abs=0.02)
     assert pattern == pytest.approx(pattern_cosine(rho, rows, width), abs=0.02)
 
 
 def test_the_best_r2_is_the_signal_share():
     planted = plant(6000, 32, noise=NOISE, seed=1)
     split = Split(list(range(4000)), list(range(4000, 5000)), list(range(5000, 6000)))
-    pooled = planted.resid_BD[None]
+    pooled = blocks_in_memory(planted.resid_BD[None])
     scores = held_out_r2(choose(pooled, planted.latents_BK, split), pooled, planted.latents_BK, split)
     assert np.mean(scores) == pytest.approx(0.703, abs=0.02)
 
 
 def test_under_uneven_noise_the_pattern_stays_and_the_filter_leaves():
     planted = plant(8000, 64, noise=0.2, spread=0.8, seed=2)
-    weights_DK = Factors(planted.resid_BD).solve(planted.latents_BK, 1e-6).weight_DK
-    ridge = np.mean([cosine(w, v) for w, v in zip(weights_DK.T, planted.directions_KD)])
+    weights_DK = ridge(planted.resid_BD, planted.latents_BK, 1e-6).weight_DK
+    found = np.mean([cosine(w, v) for w, v in zip(weights_DK.T, planted.directions_KD)])
     limit = float(filter_limit(planted, 1.0).mean())
     pattern = np.mean([cosine(w, v) for w, v in zip(covariance_directions(planted), planted.directions_KD)])
-    assert ridge == pytest.approx(limit, abs=0.02)
+    assert found == pytest.approx(limit, abs=0.02)
     assert limit < 0.75
     assert pattern > 0.95
 
@@ -59,7 +64,7 @@ def test_under_uneven_noise_the_pattern_stays_and_the_filter_leaves():
 @pytest.mark.parametrize("strength", [0.01, 1.0, 10.0])
 def test_one_factorisation_equals_sklearn(rows, width, strength):
     planted = plant(rows, width, seed=3)
-    found = Factors(planted.resid_BD + 5.0).solve(planted.latents_BK, strength)
+    found = ridge(planted.resid_BD + 5.0, planted.latents_BK, strength)
     expected = Ridge(alpha=strength).fit(planted.resid_BD.numpy() + 5.0, planted.latents_BK.numpy())
     np.testing.assert_allclose(found.weight_DK.T.numpy(), expected.coef_, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(
@@ -78,7 +83,7 @@ def test_noise_gives_no_r2_although_block_and_strength_were_searched():
     scores = []
     for seed in range(8):
         draw = torch.Generator().manual_seed(seed)
-        pooled = torch.randn(6, 120, 16, generator=draw)
+        pooled = blocks_in_memory(torch.randn(6, 120, 16, generator=draw))
         labels = torch.rand(120, 9, generator=draw)
         split = Split(list(range(72)), list(range(72, 96)), list(range(96, 120)))
         chosen = choose(pooled, labels, split)
@@ -89,10 +94,10 @@ def test_noise_gives_no_r2_although_block_and_strength_were_searched():
 def test_the_informative_block_is_chosen_and_shuffled_labels_find_nothing():
     planted = plant(400, 24, noise=0.2, seed=4)
     noise = torch.randn(2, 400, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    pooled = torch.stack([noise[0], planted.resid_BD, noise[1]])
+    pooled = blocks_in_memory(torch.stack([noise[0], planted.resid_BD, noise[1]]))
     split = Split(list(range(240)), list(range(240, 320)), list(range(320, 400)))
     chosen = choose(pooled, planted.latents_BK, split)
-    assert [one.block_index for one in chosen] == [1] * 9
+    assert [one.candidate for one in chosen] == [1] * 9
     assert all(len(one.curve) == 3 and one.curve[1] == one.r2_validation for one in chosen)
     assert min(held_out_r2(chosen, pooled, planted.latents_BK, split)) > 0.5
     searches = shuffled_searches(pooled, planted.latents_BK, split, repeats=5)
@@ -103,9 +108,9 @@ def test_the_informative_block_is_chosen_and_shuffled_labels_find_nothing():
 def test_of_blocks_that_read_alike_the_earliest_is_taken():
     planted = plant(300, 16, noise=0.2, seed=6)
     worse = planted.resid_BD + 0.5 * torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
-    pooled = torch.stack([worse, planted.resid_BD, planted.resid_BD.flip(1), worse])
+    pooled = blocks_in_memory(torch.stack([worse, planted.resid_BD, planted.resid_BD.flip(1), worse]))
     split = Split(list(range(180)), list(range(180, 240)), list(range(240, 300)))
-    assert {one.block_index for one in choose(pooled, planted.latents_BK, split)} == {1}
+    assert {one.candidate for one in choose(pooled, planted.latents_BK, split)} == {1}
     for one in choose(pooled, planted.latents_BK, split, tolerance=0.0):
         assert one.r2_validation == max(one.curve)
 
@@ -115,11 +120,11 @@ def test_the_test_rows_do_not_choose():
     planted = plant(200, 12, seed=5)
     pooled = torch.stack([planted.resid_BD, planted.resid_BD.flip(1) + 0.1 * torch.randn(200, 12)])
     split = Split(list(range(120)), list(range(120, 160)), list(range(160, 200)))
-    before = choose(pooled, planted.latents_BK, split)
+    before = choose(blocks_in_memory(pooled), planted.latents_BK, split)
     pooled[:, split.test] = torch.randn(2, 40, 12, dtype=torch.float64)
-    after = choose(pooled, planted.latents_BK, split)
+    after = choose(blocks_in_memory(pooled), planted.latents_BK, split)
     for one, other in zip(before, after):
-        assert (one.block_index, one.strength) == (other.block_index, other.strength)
+        assert (one.candidate, one.strength) == (other.candidate, other.strength)
         assert torch.equal(one.weight_D, other.weight_D)
 
 

@@ -9,14 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from assumptions.baselines import baseline_scores
 from assumptions.chats import Chat, read_chats
 from assumptions.dimensions import NAMES
-from assumptions.evaluation import bag_of_words_r2, evaluate_probes
+from assumptions.evaluation import evaluate_probes
 from assumptions.features import Features, block_outputs, capture_features, pool
 from assumptions.metrics import extremes_auroc
 from assumptions.organism import plant
 from assumptions.probe_files import load_probes, save_probes
 from assumptions.probes import fit_probes
+from assumptions.rows import blocks_in_memory
 from assumptions.selection import shuffled_searches
 from assumptions.splits import Split, group_split, leave_one_source_out, row_hash
 from assumptions.steering import cosines, pattern_direction, probe_direction, random_directions
@@ -214,7 +216,7 @@ class TestProbes:
         save_probes(tmp_path, study[4])
         card = json.loads((tmp_path / "probes.json").read_text())
         assert card["labeller"] == "made-v1"
-        assert card["probes"]["user_rightness"]["site"] == study[4].probes["user_rightness"].site
+        assert card["probes"]["user_rightness"]["sites"] == [study[4].probes["user_rightness"].site]
         assert len(card["trained_on"]) == len(study[3].train) + len(study[3].validation)
         with pytest.raises(UserError, match="fingerprint"):
             load_probes(tmp_path, load(ModelConfig("random:llama", seed=1)))
@@ -271,7 +273,9 @@ class TestProbes:
         assert abs(np.mean([score.spearman_shuffled for score in scores])) < 0.05
         assert np.mean([score.auroc_shuffled for score in scores]) == pytest.approx(0.5, abs=0.05)
         assert np.mean([score.auroc_quantile_shuffled for score in scores]) == pytest.approx(0.5, abs=0.05)
-        [again] = shuffled_searches(features.pooled_LBD, planted.latents_BK, split, 1, seed=4)
+        [again] = shuffled_searches(
+            blocks_in_memory(features.pooled_LBD), planted.latents_BK, split, 1, seed=4
+        )
         one = evaluate_probes(features, planted.latents_BK, probes, chosen, split, rows, shuffles=1, seed=4)
         test = split.test
         for k, name in enumerate(NAMES):
@@ -292,8 +296,9 @@ class TestProbes:
         ]
         labels = torch.from_numpy(flags.astype(float))[:, None]
         split = Split(list(range(180)), list(range(180, 240)), list(range(240, 300)))
-        assert bag_of_words_r2(plain, labels, split)[0] > 0.95
-        assert bag_of_words_r2(twisted, labels, split)[0] < 0.1
+        for texts, low, high in ((plain, 0.95, 1.0), (twisted, -1.0, 0.1)):
+            rows = [Chat(str(i), text) for i, text in enumerate(texts)]
+            assert low < baseline_scores(rows, labels, split).r2["bag_of_words"][0] < high
 
     def test_bad_input_is_refused_before_fitting(self, study):
         _, features, labels, split, probes, _ = study
@@ -305,8 +310,8 @@ class TestProbes:
         flat[:, 2] = 0.9
         with pytest.raises(UserError, match="user_information_advantage"):
             fit_probes(features, flat, NAMES, split, "x")
-        with pytest.raises(UserError, match="negative"):  # T10
-            replace(probes.probes[NAMES[0]], block=-1)
+        with pytest.raises(UserError, match="counted from 0"):  # T10
+            replace(probes.probes[NAMES[0]], sites=("blocks.-1.output",))
         logits = Features(("logits",), features.pooled_LBD[:1], "user", features.row_hashes, "r", "f")
         with pytest.raises(UserError, match="block's output"):
             fit_probes(logits, labels, NAMES, split, "x")

@@ -1,38 +1,31 @@
-"""Test figures of probes beside their controls: shuffled labels and a bag of words, through the same search.
+"""Test figures of probes beside their controls, all put through the same search.
 
-Under shuffled labels every figure is computed as it is for the probes, on the test rows with their shuffled labels, and
-averaged over the repeats: at most zero for R2, zero for Spearman and one half for AUROC, on average, is what no
-information gives.
+Controls: shuffled labels, and the readers of text alone in `baselines`. Under shuffled labels every figure is computed
+as it is for the probes, on the test rows with their shuffled labels, and averaged over the repeats: at most zero for
+R2, zero for Spearman and one half for AUROC, on average, is what no information gives. Beside them stand the partial
+R2 given length and format (`residual`), the stability of the directions (`stability`), the calibration of the score.
 
-The test rows are touched here and nowhere else: block and ridge strength were chosen on the validation rows.
+The test rows are touched here and nowhere else: place and strength were chosen on the validation rows.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from assumptions.baselines import baseline_scores, length_format
+from assumptions.calibration import Method, calibration_error
 from assumptions.chats import Chat
-from assumptions.features import Features
-from assumptions.metrics import Extremes, extremes_auroc
-from assumptions.probes import ProbeSet
-from assumptions.ridge import STRENGTHS, r2
-from assumptions.selection import Chosen, choose, held_out_r2, shuffled_searches
-from assumptions.splits import Split
-from shared.stats import spearman
-
-
-class Figures(NamedTuple):
-    """How well predictions of the test rows fit their labels."""
-
-    r2: float
-    spearman: float
-    auroc: Extremes
-    auroc_quantile: Extremes
+from assumptions.families import FamilyName, family
+from assumptions.features import ActivationSet
+from assumptions.metrics import Extremes, Figures, Intervals, figures, intervals
+from assumptions.probes import ProbeSet, fit_probes, places
+from assumptions.residual import partial_r2
+from assumptions.selection import Chosen, shuffled_searches
+from assumptions.splits import Split, component_ids, leave_one_source_out
+from assumptions.stability import Stability, split_half
 
 
 @dataclass(frozen=True)
@@ -46,77 +39,124 @@ class ProbeScore:
     spearman: float
     auroc: Extremes
     auroc_quantile: Extremes
+    intervals: Intervals
     r2_validation: float
     r2_shuffled: float
     spearman_shuffled: float
     auroc_shuffled: float | None
     auroc_quantile_shuffled: float | None
-    r2_bag_of_words: float
+    baselines: dict[str, float]  # test R2 of the readers of text alone
+    skipped: dict[str, str]  # baselines that were not run, and why
+    partial_r2: float  # beyond length and format
+    stability: Stability
+    calibration_error: float
     curve: list[float]
+
+    @property
+    def r2_bag_of_words(self) -> float:
+        """Test R2 of word counts."""
+        return self.baselines["bag_of_words"]
 
 
 def evaluate_probes(
-    features: Features,
+    features: ActivationSet,
     labels_BK: Float[Tensor, "B K"],
     probe_set: ProbeSet,
     chosen: Sequence[Chosen],
     split: Split,
     chats: Sequence[Chat],
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] | None = None,
     shuffles: int = 5,
     seed: int = 0,
+    embedding: str | None = None,
+    candidates: Sequence[tuple[str, ...]] | None = None,
+    resamples: int = 500,
+    halvings: int = 3,
 ) -> dict[str, ProbeScore]:
-    """Score every probe on the test rows, beside shuffled labels and a bag of words put through the same search.
+    """Score every probe on the test rows, beside controls put through the same search.
 
+    `strengths` and `candidates` are those of `fit_probes`; `embedding` names a sentence encoder for a further baseline.
     Raises UserError when the test rows helped to fit the probes, or were read from another model, template or span.
     """
-    probe_set.check(features.rows(split.test))
-    shuffled = shuffled_searches(features.pooled_LBD, labels_BK, split, shuffles, seed, strengths)
-    words = bag_of_words_r2([chat.turn for chat in chats], labels_BK, split, strengths)
-    test_sources = [chats[i].source for i in split.test]
+    probe_set.check(features, rows=split.test)
+    labels_BK = labels_BK.double()
+    kind = family(next(iter(probe_set.probes.values())).family)
+    sources = [features.at(sites) for sites in places(features, candidates)]
+    shuffled = shuffled_searches(sources, labels_BK, split, shuffles, seed, kind, strengths)
+    text = baseline_scores(chats, labels_BK, split, embedding, kind, strengths)
+    groups, test_sources = component_ids(chats), [chats[i].source for i in split.test]
+    partial, stable = {}, {}
+    for index, columns in _by_candidate(chosen).items():
+        there, labels = sources[index], labels_BK[:, columns]
+        partial |= dict(zip(columns, partial_r2(there, length_format(chats), labels, split), strict=True))
+        kept = [chosen[k].strength for k in columns]
+        halves = split_half(there, split.train, groups, labels, kept, kind, halvings, seed)
+        stable |= dict(zip(columns, halves, strict=True))
     scores = {}
     for k, (name, probe) in enumerate(probe_set.probes.items()):
-        predicted_B = probe.predict(features)[split.test]
-        labels_B = labels_BK[split.test][:, k].double()
+        predicted_B, labels_B = probe.predict(features, split.test), labels_BK[split.test, k]
         found = figures(predicted_B, labels_B, test_sources)
         control = [
             figures(
-                one.chosen[k].predict(features.pooled_LBD[one.chosen[k].block_index][split.test]),
-                one.targets_BK[split.test][:, k].double(),
+                kind.estimate(one.chosen[k].read(sources[one.chosen[k].candidate], split.test)),
+                one.targets_BK[split.test, k],
                 test_sources,
             )
             for one in shuffled
         ]
         scores[name] = ProbeScore(
-            block=probe.block,
+            block=probe.blocks[-1],
             strength=probe.strength,
-            r2=found.r2,
             rmse=float((predicted_B - labels_B).square().mean().sqrt()),
-            spearman=found.spearman,
-            auroc=found.auroc,
-            auroc_quantile=found.auroc_quantile,
+            **found._asdict(),
+            intervals=intervals(predicted_B, labels_B, [groups[i] for i in split.test], resamples, seed),
             r2_validation=probe.r2_validation,
             r2_shuffled=_mean([one.r2 for one in control]),
             spearman_shuffled=_mean([one.spearman for one in control]),
             auroc_shuffled=_mean_area([one.auroc for one in control]),
             auroc_quantile_shuffled=_mean_area([one.auroc_quantile for one in control]),
-            r2_bag_of_words=words[k],
+            baselines={baseline: by_target[k] for baseline, by_target in text.r2.items()},
+            skipped=text.skipped,
+            partial_r2=partial[k],
+            stability=stable[k],
+            calibration_error=calibration_error(probe.score(features, split.test), labels_B),
             curve=chosen[k].curve,
         )
     return scores
 
 
-def figures(
-    predicted_B: Float[Tensor, " B"], labels_B: Float[Tensor, " B"], sources: Sequence[str]
-) -> Figures:
-    """The figures of predictions (B) of labels (B), rows of one source compared by quantile among themselves."""
-    ordered, truth = predicted_B.numpy(), labels_B.numpy()
-    return Figures(
-        float(r2(predicted_B[:, None], labels_B[:, None])[0]),
-        float(spearman(ordered, truth)),
-        extremes_auroc(ordered, truth, "absolute"),
-        extremes_auroc(ordered, truth, "quantile", sources),
-    )
+def leave_one_source_out_scores(
+    features: ActivationSet,
+    labels_BK: Float[Tensor, "B K"],
+    dimensions: Sequence[str],
+    chats: Sequence[Chat],
+    labeller: str,
+    seed: int = 0,
+    kind: FamilyName = "ridge",
+    calibration: Method = "platt",
+) -> dict[str, dict[str, Figures]]:
+    """For every source: probes fitted and chosen on all other sources, figures on it, by dimension."""
+    scores: dict[str, dict[str, Figures]] = {}
+    for source, split in leave_one_source_out(chats, seed):
+        probe_set, _ = fit_probes(
+            features, labels_BK, dimensions, split, labeller, kind=kind, calibration=calibration
+        )
+        probe_set.check(features, rows=split.test)
+        scores[source] = {
+            name: figures(
+                probe.predict(features, split.test), labels_BK[split.test, k], [source] * len(split.test)
+            )
+            for k, (name, probe) in enumerate(probe_set.probes.items())
+        }
+    return scores
+
+
+def _by_candidate(chosen: Sequence[Chosen]) -> dict[int, list[int]]:
+    """Targets by the candidate that was chosen for them."""
+    columns: dict[int, list[int]] = {}
+    for k, one in enumerate(chosen):
+        columns.setdefault(one.candidate, []).append(k)
+    return columns
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -129,19 +169,3 @@ def _mean_area(extremes: Sequence[Extremes]) -> float | None:
     """Mean AUROC of the repeats that have one; None where none has."""
     areas = [one.auroc for one in extremes if one.auroc is not None]
     return float(np.mean(areas)) if areas else None
-
-
-def bag_of_words_r2(
-    texts: Sequence[str],
-    labels_BK: Float[Tensor, "B K"],
-    split: Split,
-    strengths: Sequence[float] = STRENGTHS,
-) -> list[float]:
-    """Test R2 per target of word counts (vocabulary from the training rows) put through the same search."""
-    from sklearn.feature_extraction.text import CountVectorizer
-
-    vectorizer = CountVectorizer(token_pattern=r"(?u)\b\w+\b", dtype=np.float64)
-    vectorizer.fit([texts[i] for i in split.train])
-    counts_1BD = torch.from_numpy(vectorizer.transform(texts).toarray()).unsqueeze(0)
-    read_outs = choose(counts_1BD, labels_BK, split, strengths)
-    return held_out_r2(read_outs, counts_1BD, labels_BK, split)

@@ -1,7 +1,8 @@
 """Probes on disk: a JSON card beside one safetensors file; never pickle.
 
-The card states dimension, block, site, intercept, ridge strength, both steering scales, span, rendering, labeller,
-model fingerprint and the rows that chose the probe. Loading onto a model with another fingerprint or width is refused.
+The card states dimension, sites, intercept, family, strength, calibration, both steering scales, span, form, rendering,
+labeller, model fingerprint and the rows that chose the probe. Refused on loading: another model's fingerprint or width,
+another template or tokenizer, and tensors that are not those the card was written with.
 """
 
 from dataclasses import fields
@@ -11,14 +12,17 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from assumptions.calibration import Calibration
 from assumptions.probes import Probe, ProbeSet
+from assumptions.rendering import rendering_hash
 from shared.errors import UserError
 from shared.models import Model
 from shared.serialize import read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 _TENSORS = ("weight_D", "pattern_D")
-_NUMBERS = tuple(f.name for f in fields(Probe) if f.name not in (*_TENSORS, "dimension"))
+_VALUES = tuple(f.name for f in fields(Probe) if f.name not in (*_TENSORS, "dimension"))
+_IDENTITY = ("span", "form", "rendering", "fingerprint", "labeller")
 
 
 def save_probes(folder: Path, probe_set: ProbeSet) -> Path:
@@ -30,59 +34,60 @@ def save_probes(folder: Path, probe_set: ProbeSet) -> Path:
         for key in _TENSORS
     }
     save_file(tensors, folder / "probes.safetensors")
-    card = {
-        "format": FORMAT,
-        "span": probe_set.span,
-        "rendering": probe_set.rendering,
-        "fingerprint": probe_set.fingerprint,
-        "labeller": probe_set.labeller,
-        "data_hash": probe_set.data_hash,
-        "trained_on": list(probe_set.trained_on),
-        "probes": {
-            name: {"site": probe.site} | {key: getattr(probe, key) for key in _NUMBERS}
-            for name, probe in probe_set.probes.items()
-        },
-    }
-    write_json(folder / "probes.json", card)
+    card = {name: getattr(probe_set, name) for name in (*_IDENTITY, "data_hash", "weights_hash")}
+    probes = {name: {key: getattr(probe, key) for key in _VALUES} for name, probe in probe_set.probes.items()}
+    trained_on = list(probe_set.trained_on)
+    write_json(folder / "probes.json", {"format": FORMAT, **card, "trained_on": trained_on, "probes": probes})
     return folder
 
 
 def load_probes(folder: Path, model: Model | None = None) -> ProbeSet:
-    """Read probes; with a model, UserError when they were fitted on other weights or another width."""
+    """Read probes; with a model, UserError when they were fitted on other weights, another width or template."""
     card_path = folder / "probes.json"
     if not card_path.exists():
         raise UserError(f"{folder} holds no probes.json; give a folder written by save_probes")
     card = read_json(card_path)
     if card["format"] != FORMAT:
-        raise UserError(f"{card_path} has format {card['format']}, this version reads {FORMAT}")
-    if model is not None and model.fingerprint != card["fingerprint"]:
+        raise UserError(
+            f"{card_path} has format {card['format']}, this version reads {FORMAT}: fit the probes anew"
+        )
+    tensors = load_file(folder / "probes.safetensors")
+    if model is not None:
+        _check_model(folder, card, tensors, model)
+    probes = {name: _probe(name, row, tensors) for name, row in card["probes"].items()}
+    identity = {name: card[name] for name in _IDENTITY}
+    loaded = ProbeSet(probes, trained_on=tuple(card["trained_on"]), **identity)
+    for name in ("weights_hash", "data_hash"):
+        if getattr(loaded, name) != card[name]:
+            raise UserError(f"{folder}: {name} is not what the card states; the files do not belong together")
+    return loaded
+
+
+def _check_model(folder: Path, card: dict[str, Any], tensors: dict[str, Tensor], model: Model) -> None:
+    if model.fingerprint != card["fingerprint"]:
         raise UserError(
             f"the probes in {folder} were fitted on a model with fingerprint {card['fingerprint']}, "
             f"this model has {model.fingerprint}: fit probes on it, or load the model they belong to"
         )
-    tensors = load_file(folder / "probes.safetensors")
-    if model is not None:
-        _check_width(folder, tensors, model.architecture.width)
-    probes = {name: _probe(name, row, tensors) for name, row in card["probes"].items()}
-    return ProbeSet(
-        probes,
-        card["span"],
-        card["rendering"],
-        card["fingerprint"],
-        card["labeller"],
-        tuple(card["trained_on"]),
-    )
-
-
-def _check_width(folder: Path, tensors: dict[str, Tensor], width: int) -> None:
-    wrong = sorted(name for name, tensor in tensors.items() if tensor.shape != (width,))
-    if wrong:
+    rendering = rendering_hash(model.tokenizer, card["form"])
+    if rendering != card["rendering"]:
         raise UserError(
-            f"{folder}: {wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}, the model is {width} wide; "
-            "load the model these probes belong to"
+            f"the probes in {folder} were fitted under another chat template or tokenizer "
+            f"(rendering {card['rendering']}, this model's is {rendering}): fit them anew, or restore the template"
         )
+    width = model.architecture.width
+    for name, tensor in sorted(tensors.items()):
+        wanted = width * len(card["probes"][name.rpartition(".")[0]]["sites"])
+        if tensor.shape != (wanted,):
+            raise UserError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, the model is {width} wide; "
+                "load the model these probes belong to"
+            )
 
 
 def _probe(name: str, row: dict[str, Any], tensors: dict[str, Tensor]) -> Probe:
     parts: dict[str, Any] = {key: tensors[f"{name}.{key}"] for key in _TENSORS}
-    return Probe(dimension=name, **parts, **{key: row[key] for key in _NUMBERS})
+    calibration = row["calibration"]
+    knots = tuple((x, y) for x, y in calibration["knots"])
+    parts |= {"sites": tuple(row["sites"]), "calibration": Calibration(**{**calibration, "knots": knots})}
+    return Probe(dimension=name, **{**{key: row[key] for key in _VALUES}, **parts})

@@ -1,22 +1,27 @@
 """One linear probe a dimension: a calibrated read-out of a score at a block's output (paper section on probes).
 
-score ~ <w, h_b> + intercept, with h_b the pooled output of block b. Besides the filter direction w a probe keeps the
-pattern direction Cov(h, y), which under noise that is not isotropic is closer to what carries the score; both scales
-in which steering strength is stated (SD of the projection over training rows, mean norm of the residual stream); and
-what it was fitted on, so that a probe on other weights, another template or its own training rows is refused.
+value = <w, h_b> + intercept, with h_b the pooled output of block b; its calibration makes a score in [0, 1] of it.
+Besides the filter direction w a probe keeps the pattern direction Cov(h, y), which under noise that is not isotropic is
+closer to what carries the score; both scales in which steering strength is stated (SD of the projection over training
+rows, mean norm of the residual stream); and what it was fitted on, so that a probe on other weights, another template
+or its own training rows is refused. A probe of several blocks side by side has no single direction to steer along.
 """
 
 import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from assumptions.features import Features
-from assumptions.ridge import STRENGTHS
+from assumptions.calibration import CLIP, Calibration, Method, calibrate
+from assumptions.families import FamilyName, family
+from assumptions.features import ActivationSet
+from assumptions.rendering import Form
+from assumptions.rows import Rows, covariance
 from assumptions.selection import Chosen, choose
 from assumptions.splits import Split
 from shared.errors import UserError
@@ -24,10 +29,10 @@ from shared.errors import UserError
 
 @dataclass(frozen=True)
 class Probe:
-    """The read-out of one dimension at the output of block `block` (counted from 0, never negative)."""
+    """The read-out of one dimension at the output of one block (or of several, side by side)."""
 
     dimension: str
-    block: int
+    sites: tuple[str, ...]
     weight_D: Float[Tensor, "D"]
     intercept: float
     pattern_D: Float[Tensor, "D"]
@@ -35,24 +40,50 @@ class Probe:
     projection_sd: float
     pattern_sd: float
     resid_norm: float
-    r2_validation: float
+    r2_validation: float  # `logistic`: the share of the deviance
+    family: FamilyName = "ridge"
+    calibration: Calibration = CLIP
 
     def __post_init__(self) -> None:
-        if self.block < 0:
-            raise UserError(f"block {self.block} is negative: name the block by its index from 0")
+        for site in self.sites:
+            _block_of(site)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks whose outputs are read, counted from 0."""
+        return tuple(_block_of(site) for site in self.sites)
 
     @property
     def site(self) -> str:
-        """Where the probe reads, and where its direction is added."""
-        return f"blocks.{self.block}.output"
+        """Where the probe reads, and where its direction is added; UserError when it reads several places."""
+        if len(self.sites) > 1:
+            raise UserError(
+                f"the probe of {self.dimension} reads {', '.join(self.sites)} together: it has no single direction"
+            )
+        return self.sites[0]
 
-    def predict(self, features: Features) -> Float[Tensor, " B"]:
-        """Uncut predictions (B) of pooled activations that hold this probe's site."""
-        return features.pooled_LBD[features.sites.index(self.site)].double() @ self.weight_D + self.intercept
+    @property
+    def block(self) -> int:
+        """The block whose output is read; UserError when there are several."""
+        return _block_of(self.site)
 
-    def score(self, features: Features) -> Float[Tensor, " B"]:
+    def value(self, features: ActivationSet, rows: Sequence[int] | None = None) -> Float[Tensor, " B"]:
+        """The linear read-out (B) of all rows, or of some, ascending."""
+        kept = range(len(features.row_hashes)) if rows is None else rows
+        return torch.cat(
+            [
+                chunk_BD.double() @ self.weight_D + self.intercept
+                for chunk_BD in features.at(self.sites).chunks(kept)
+            ]
+        )
+
+    def predict(self, features: ActivationSet, rows: Sequence[int] | None = None) -> Float[Tensor, " B"]:
+        """Predicted scores (B), neither cut nor calibrated (`logistic`: the sigmoid of the value)."""
+        return family(self.family).estimate(self.value(features, rows))
+
+    def score(self, features: ActivationSet, rows: Sequence[int] | None = None) -> Float[Tensor, " B"]:
         """Calibrated read-out in [0, 1]."""
-        return self.predict(features).clamp(0.0, 1.0)
+        return self.calibration(self.value(features, rows))
 
 
 @dataclass(frozen=True)
@@ -65,6 +96,7 @@ class ProbeSet:
     fingerprint: str
     labeller: str
     trained_on: tuple[str, ...]  # hashes of the training and validation rows
+    form: Form = "chat"
 
     @property
     def data_hash(self) -> str:
@@ -73,72 +105,102 @@ class ProbeSet:
 
     @property
     def weights_hash(self) -> str:
-        """16 hexadecimal digits over the coefficients: what was made with these probes is known by it."""
-        content = b"".join(probe.weight_D.numpy().tobytes() for probe in self.probes.values())
-        return hashlib.sha256(content).hexdigest()[:16]
+        """16 hexadecimal digits over all that is read and steered with: the card and the tensors of a folder agree."""
+        digest = hashlib.sha256()
+        for name, probe in sorted(self.probes.items()):
+            digest.update(repr((name, probe.sites, probe.intercept, probe.calibration)).encode())
+            for vector_D in (probe.weight_D, probe.pattern_D):
+                digest.update(vector_D.double().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
-    def check(self, features: Features, held_out: bool = True) -> None:
-        """UserError when features were read from another model, template or span, or (held out) from training rows."""
-        for name in ("fingerprint", "rendering", "span"):
+    def check(
+        self, features: ActivationSet, held_out: bool = True, rows: Sequence[int] | None = None
+    ) -> None:
+        """UserError when features were read from another model, template or span, or (held out) from training rows.
+
+        `rows` are those that are to be read, by default all.
+        """
+        for name in ("fingerprint", "form", "rendering", "span"):
             mine, theirs = getattr(self, name), getattr(features, name)
             if mine != theirs:
                 raise UserError(
                     f"these probes were fitted with {name} {mine!r}, the features have {theirs!r}"
                 )
-        overlap = set(self.trained_on) & set(features.row_hashes)
+        hashes = features.row_hashes
+        read = set(hashes if rows is None else (hashes[i] for i in rows))
+        overlap = set(self.trained_on) & read
         if held_out and overlap:
             raise UserError(f"{len(overlap)} rows were used to fit these probes; evaluate on others")
 
 
 def fit_probes(
-    features: Features,
+    features: ActivationSet,
     labels_BK: Float[Tensor, "B K"],
     dimensions: Sequence[str],
     split: Split,
     labeller: str,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] | None = None,
+    kind: FamilyName = "ridge",
+    calibration: Method = "platt",
+    candidates: Sequence[tuple[str, ...]] | None = None,
 ) -> tuple[ProbeSet, list[Chosen]]:
-    """Fit one probe per dimension on scores in [0, 1]; block and strength are chosen on the validation rows.
+    """Fit one probe per dimension on scores in [0, 1]; place and strength are chosen on the validation rows.
 
-    Raises UserError when a label is missing or one dimension's training labels are all alike.
+    `candidates` are the places to choose among, each one site or several to be read side by side; by default every site
+    alone. `strengths` default to the family's. Raises UserError when a label is missing or outside [0, 1], or when one
+    dimension's training labels are all alike.
     """
     _check_labels(labels_BK, dimensions, split)
-    chosen = choose(features.pooled_LBD, labels_BK, split, strengths)
-    probes = {
-        name: _probe(name, one, features, labels_BK[:, k], split)
-        for k, (name, one) in enumerate(zip(dimensions, chosen, strict=True))
-    }
+    tried = places(features, candidates)
+    chosen = choose([features.at(sites) for sites in tried], labels_BK, split, family(kind), strengths)
+    probes = {}
+    for k, (name, one) in enumerate(zip(dimensions, chosen, strict=True)):
+        source, labels_B = features.at(tried[one.candidate]), labels_BK[:, k].double()
+        held = one.read(source, split.validation)
+        scales = _scales(source, split.train, labels_B[split.train], one.weight_D)
+        probes[name] = Probe(
+            dimension=name,
+            sites=tried[one.candidate],
+            weight_D=one.weight_D,
+            intercept=one.intercept,
+            strength=one.strength,
+            r2_validation=one.r2_validation,
+            family=kind,
+            calibration=calibrate(calibration, held, labels_B[split.validation]),
+            **scales,
+        )
     used = tuple(features.row_hashes[i] for i in (*split.train, *split.validation))
-    return ProbeSet(probes, features.span, features.rendering, features.fingerprint, labeller, used), chosen
+    identity = (features.span, features.rendering, features.fingerprint, labeller, used, features.form)
+    return ProbeSet(probes, *identity), chosen
 
 
-def _probe(name: str, one: Chosen, features: Features, labels_B: Float[Tensor, " B"], split: Split) -> Probe:
-    train_BD = features.pooled_LBD[one.block_index][split.train].double()
-    centred_B = labels_B[split.train].double() - labels_B[split.train].double().mean()
-    pattern_D = (train_BD - train_BD.mean(0)).T @ centred_B / len(centred_B)
-    return Probe(
-        dimension=name,
-        block=_block_of(features.sites[one.block_index]),
-        weight_D=one.weight_D,
-        intercept=one.intercept,
-        pattern_D=pattern_D,
-        strength=one.strength,
-        projection_sd=_projection_sd(train_BD, one.weight_D),
-        pattern_sd=_projection_sd(train_BD, pattern_D),
-        resid_norm=float(train_BD.norm(dim=1).mean()),
-        r2_validation=one.r2_validation,
-    )
+def places(
+    features: ActivationSet, candidates: Sequence[tuple[str, ...]] | None = None
+) -> list[tuple[str, ...]]:
+    """The places to choose among: those given, or every site alone."""
+    return [(site,) for site in features.sites] if candidates is None else list(candidates)
 
 
-def _projection_sd(train_BD: Float[Tensor, "B D"], direction_D: Float[Tensor, "D"]) -> float:
-    """SD over rows of <h, v>, v the unit direction."""
-    return float((train_BD @ (direction_D / direction_D.norm())).std())
+def _scales(
+    source: Rows, rows: Sequence[int], labels_B: Float[Tensor, " B"], weight_D: Float[Tensor, "D"]
+) -> dict[str, Any]:
+    """Pattern direction, SDs of the projections on both unit directions, and mean norm."""
+    pattern_D = covariance(source, rows, labels_B[:, None])[:, 0]
+    norms = [chunk_BD.double().norm(dim=1) for chunk_BD in source.chunks(rows)]
+    units_D2 = torch.stack([weight_D / weight_D.norm(), pattern_D / pattern_D.norm()], dim=1)
+    along_2 = torch.cat([chunk_BD.double() @ units_D2 for chunk_BD in source.chunks(rows)]).std(0)
+    return {
+        "pattern_D": pattern_D,
+        "projection_sd": float(along_2[0]),
+        "pattern_sd": float(along_2[1]),
+        "resid_norm": float(torch.cat(norms).mean()),
+    }
 
 
 def _block_of(site: str) -> int:
     match = re.fullmatch(r"blocks\.(\d+)\.output", site)
     if match is None:
-        raise UserError(f"a probe reads a block's output (blocks.N.output), not {site!r}")
+        raise UserError(f"a probe reads a block's output (blocks.N.output, N counted from 0), not {site!r}")
     return int(match[1])
 
 
@@ -147,6 +209,8 @@ def _check_labels(labels_BK: Float[Tensor, "B K"], dimensions: Sequence[str], sp
         raise UserError(
             "some labels are missing: drop the rows whose scores were not read before fitting probes"
         )
+    if labels_BK.min() < 0 or labels_BK.max() > 1:
+        raise UserError("labels are scores in [0, 1]: rescale them before fitting probes")
     flat = [name for k, name in enumerate(dimensions) if labels_BK[split.train][:, k].std() < 1e-9]
     if flat:
         raise UserError(f"all training labels are alike for {', '.join(flat)}: there is nothing to fit")

@@ -1,15 +1,17 @@
-"""Choose block and ridge strength on validation rows, report on test rows once (paper section on probes).
+"""Choose place and strength on validation rows, report on test rows once (paper section on probes).
 
-1. Factorise the training rows of every block once; solve every target and strength from it.
-2. For each target keep the best strength of every block by validation R2, and of the blocks the earliest whose
-   unexplained variance exceeds the best block's by at most a share of `TOLERANCE`: later blocks often hold a copy that
-   reads as well and steers less. (A difference in R2 would not do: .990 against .999 is ten times the error.)
+1. A candidate is a place of reading: the output of one block, or of several side by side. Of every candidate the family
+   gives one read-out a strength and target, from one pass over its training rows.
+2. For each target keep the best strength of every candidate by the share explained of the validation rows (R2; of the
+   deviance for `logistic`), and of the candidates the earliest whose unexplained share exceeds the best one's by at
+   most a share of `TOLERANCE`: later blocks often hold a copy that reads as well and steers less. (A difference in R2
+   would not do: .990 against .999 is ten times the error.)
 3. Only the kept read-out sees the test rows.
 Shuffled labels are further targets of the same search, so that the control profits from the search as much as the
 probes do: on noise its test R2 is at most zero on average, whatever the number of blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,77 +19,89 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from assumptions.ridge import STRENGTHS, Factors, r2
+from assumptions.families import FAMILIES, Family
+from assumptions.ridge import Linear, r2
+from assumptions.rows import Rows
 from assumptions.splits import Split
+from shared.errors import UserError
 
 TOLERANCE = 0.1
+RIDGE = FAMILIES["ridge"]
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The read-out kept for one target: index of the block in the features, strength, coefficients, validation R2."""
+    """The read-out kept for one target: index of its candidate, strength, coefficients, share explained."""
 
-    block_index: int
+    candidate: int
     strength: float
     weight_D: Float[Tensor, "D"]
     intercept: float
     r2_validation: float
-    curve: list[float]  # best validation R2 of every block
+    curve: list[float]  # best validation figure of every candidate
 
     def predict(self, resid_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B"]:
         """Predicted target of rows (B D)."""
         return resid_BD.double() @ self.weight_D + self.intercept
 
+    def read(self, source: Rows, rows: Sequence[int]) -> Float[Tensor, "B"]:
+        """Predicted target of some rows, a chunk at a time."""
+        return torch.cat([self.predict(chunk_BD) for chunk_BD in source.chunks(rows)])
+
 
 def choose(
-    pooled_LBD: Float[Tensor, "L B D"],
+    candidates: Sequence[Rows],
     targets_BK: Float[Tensor, "B K"],
     split: Split,
-    strengths: Sequence[float] = STRENGTHS,
+    family: Family = RIDGE,
+    strengths: Sequence[float] | None = None,
     tolerance: float = TOLERANCE,
+    progress: Callable[[Sequence[Rows]], Iterable[Rows]] = iter,
 ) -> list[Chosen]:
     """Return one read-out per target, fitted on the training rows and chosen on the validation rows."""
     targets_BK = targets_BK.double()
-    blocks_LK = [_best_of_block(pooled_BD, targets_BK, split, strengths) for pooled_BD in pooled_LBD]
+    found = [_best_of(rows, targets_BK, split, family, strengths) for rows in progress(candidates)]
     chosen = []
-    for candidates_L in zip(*blocks_LK, strict=True):
+    for candidates_L in zip(*found, strict=True):
         curve = [one.r2_validation for one in candidates_L]
         index = next(i for i, score in enumerate(curve) if 1 - score <= (1 + tolerance) * (1 - max(curve)))
-        chosen.append(replace(candidates_L[index], block_index=index, curve=curve))
+        chosen.append(replace(candidates_L[index], candidate=index, curve=curve))
     return chosen
 
 
-def _best_of_block(
-    pooled_BD: Float[Tensor, "B D"],
+def _best_of(
+    rows: Rows,
     targets_BK: Float[Tensor, "B K"],
     split: Split,
-    strengths: Sequence[float],
+    family: Family,
+    strengths: Sequence[float] | None,
 ) -> list[Chosen]:
-    """The strength with the highest validation R2 for every target, at one block."""
-    factors = Factors(pooled_BD[split.train])
-    best: list[Chosen] = []
-    for strength in strengths:
-        read = factors.solve(targets_BK[split.train], strength)
-        scores_K = r2(read.predict(pooled_BD[split.validation]), targets_BK[split.validation])
-        for k, score in enumerate(scores_K.nan_to_num(nan=float("-inf")).tolist()):
-            if k == len(best) or score > best[k].r2_validation:
-                one = Chosen(0, strength, read.weight_DK[:, k].clone(), float(read.intercept_K[k]), score, [])
-                best[k : k + 1] = [one]
-    return best
+    """The strength with the highest validation figure for every target, at one candidate."""
+    path = list(family.path(rows, split.train, targets_BK[split.train], strengths or family.strengths))
+    if not path:
+        raise UserError(f"no strength of {family.name} can be fitted on these rows: give others")
+    together = Linear(*(torch.cat(parts, dim=-1) for parts in zip(*(read for _, read in path), strict=True)))
+    predicted_BSK = together.read(rows, split.validation).unflatten(1, (len(path), -1))
+    truth_BK = targets_BK[split.validation]
+    scores_SK = torch.stack([family.explained(one_BK, truth_BK) for one_BK in predicted_BSK.unbind(1)])
+    chosen = []
+    for k, scores_S in enumerate(scores_SK.nan_to_num(nan=float("-inf")).T.tolist()):
+        strength, read = path[scores_S.index(max(scores_S))]
+        weight_D, intercept = read.weight_DK[:, k].clone(), float(read.intercept_K[k])
+        chosen.append(Chosen(0, strength, weight_D, intercept, max(scores_S), []))
+    return chosen
 
 
 def held_out_r2(
     chosen: Sequence[Chosen],
-    pooled_LBD: Float[Tensor, "L B D"],
+    candidates: Sequence[Rows],
     targets_BK: Float[Tensor, "B K"],
     split: Split,
+    family: Family = RIDGE,
 ) -> list[float]:
-    """R2 of each chosen read-out on the test rows of its own block."""
-    scores = []
-    for k, one in enumerate(chosen):
-        predicted_B1 = one.predict(pooled_LBD[one.block_index][split.test]).unsqueeze(1)
-        scores.append(float(r2(predicted_B1, targets_BK[split.test][:, k : k + 1])[0]))
-    return scores
+    """R2 of each chosen read-out's estimate on the test rows of its own candidate."""
+    values_BK = torch.stack([one.read(candidates[one.candidate], split.test) for one in chosen], dim=1)
+    return [float(score) for score in r2(family.estimate(values_BK), targets_BK[split.test])]
 
 
 class Shuffled(NamedTuple):
@@ -98,18 +112,19 @@ class Shuffled(NamedTuple):
 
 
 def shuffled_searches(
-    pooled_LBD: Float[Tensor, "L B D"],
+    candidates: Sequence[Rows],
     targets_BK: Float[Tensor, "B K"],
     split: Split,
     repeats: int = 5,
     seed: int = 0,
-    strengths: Sequence[float] = STRENGTHS,
+    family: Family = RIDGE,
+    strengths: Sequence[float] | None = None,
 ) -> list[Shuffled]:
     """The whole search with the rows of the labels permuted before it, `repeats` times."""
     draw = torch.Generator().manual_seed(seed)
     shuffled = [targets_BK[torch.randperm(len(targets_BK), generator=draw)] for _ in range(repeats)]
     if not shuffled:
         return []
-    chosen = choose(pooled_LBD, torch.cat(shuffled, dim=1), split, strengths)
+    chosen = choose(candidates, torch.cat(shuffled, dim=1), split, family, strengths)
     width = targets_BK.shape[1]
     return [Shuffled(chosen[i * width : (i + 1) * width], one) for i, one in enumerate(shuffled)]

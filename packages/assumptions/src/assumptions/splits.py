@@ -72,6 +72,15 @@ def leave_one_source_out(
         yield source, Split(sorted(set(rest) - set(held)), sorted(held), test)
 
 
+def component_ids(chats: Sequence[Chat]) -> list[int]:
+    """For every row the number of its component: rows that share a group or a text have the same."""
+    ids = [0] * len(chats)
+    for number, rows in enumerate(_components(chats)):
+        for row in rows:
+            ids[row] = number
+    return ids
+
+
 def _components(chats: Sequence[Chat]) -> list[list[int]]:
     """Connected components of rows that share a group or a text (union-find)."""
     parent = list(range(len(chats)))
