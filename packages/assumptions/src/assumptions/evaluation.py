@@ -85,7 +85,8 @@ def evaluate_probes(
     shuffled = shuffled_searches(sources, labels_BK, split, shuffles, seed, kind, strengths)
     text = baseline_scores(chats, labels_BK, split, embedding, kind, strengths)
     groups, test_sources = component_ids(chats), [chats[i].source for i in split.test]
-    partial, stable = {}, {}
+    partial: dict[int, float] = {}
+    stable: dict[int, Stability] = {}
     for index, columns in _by_candidate(chosen).items():
         there, labels = sources[index], labels_BK[:, columns]
         partial |= dict(zip(columns, partial_r2(there, length_format(chats), labels, split), strict=True))
