@@ -246,7 +246,6 @@ def test_a_study_reports_all_of_it():
     """Rung A: ceiling, controls, partial R2, stability, calibration and intervals of one evaluation."""
     planted = plant(4000, 24, noise=0.2, seed=7)
     rows = texts(4000)
-    rows = [replace(row, turn=f"{row.turn} {i}", group=str(i)) for i, row in enumerate(rows)]
     hashes = tuple(row_hash(row) for row in rows)
     features = Features(("blocks.0.output",), planted.resid_BD[None], "user", hashes, "r", "f")
     split = group_split(rows)

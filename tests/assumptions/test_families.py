@@ -170,6 +170,9 @@ class TestCalibration:
             for score in (0.3, 0.5, 0.8):
                 value = torch.tensor([fitted.inverse(score)], dtype=torch.float64)
                 assert float(fitted(value)[0]) == pytest.approx(score, abs=1e-6)
+        assert (
+            calibrate("platt", self.values, noisy).inverse(1.0) == 4.0
+        )  # the highest read-out it was fitted on
         assert Calibration("isotonic", knots=((0.0, 0.2), (1.0, 0.2), (2.0, 0.9))).inverse(0.2) == 0.5
 
     def test_labels_outside_the_unit_interval_are_refused(self):

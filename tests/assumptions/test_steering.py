@@ -74,20 +74,20 @@ class TestClamp:
         probes = [
             study[3].probes[name] for name in ("user_rightness", "emotional_support", "objectivity_seeking")
         ]
-        edits = [clamp(probes, [0.9, 0.1, 0.5])]
+        edits = [clamp(probes, [0.6, 0.4, 0.5])]
         again = load_interventions(save_interventions(tmp_path / "clamp", edits, model), model)
         for kept in (edits, again):
             with edit(model, kept):
                 features = capture_features(model, ROWS[:7], sites=["blocks.1.output"], batch_size=3)
-            for probe, score in zip(probes, (0.9, 0.1, 0.5)):
+            for probe, score in zip(probes, (0.6, 0.4, 0.5)):
                 torch.testing.assert_close(
-                    probe.predict(features), torch.full((7,), score, dtype=torch.float64), atol=1e-4, rtol=0
+                    probe.score(features), torch.full((7,), score, dtype=torch.float64), atol=1e-4, rtol=0
                 )
 
     def test_what_cannot_be_clamped_together_is_refused(self, study):
         probe = study[3].probes["user_rightness"]
         with pytest.raises(UserError, match="one block"):
-            clamp([probe, replace(probe, block=0)], [0.5, 0.5])
+            clamp([probe, replace(probe, sites=("blocks.0.output",))], [0.5, 0.5])
         with pytest.raises(UserError, match="same direction"):
             clamp([probe, replace(probe, dimension="other")], [0.5, 0.6])
 

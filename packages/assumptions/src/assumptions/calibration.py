@@ -20,12 +20,16 @@ Method = Literal["platt", "isotonic", "clip"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """A monotone map of read-outs to scores; slope and offset belong to `platt`, knots to the others."""
+    """A monotone map of read-outs to scores; slope and offset belong to `platt`, knots to the others.
+
+    `seen` are the lowest and the highest read-out of the rows it was fitted on.
+    """
 
     method: Method = "clip"
     slope: float = 1.0
     offset: float = 0.0
     knots: tuple[tuple[float, float], ...] = ((0.0, 0.0), (1.0, 1.0))
+    seen: tuple[float, float] = (0.0, 1.0)
 
     def __call__(self, values_B: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Scores in [0, 1] of read-outs (B)."""
@@ -35,12 +39,12 @@ class Calibration:
         return torch.from_numpy(np.interp(values_B.numpy(), x, y))
 
     def inverse(self, score: float) -> float:
-        """The read-out whose score this is: the middle one where several have it, the nearest where none has."""
+        """The read-out whose score this is: the middle one where several have it, the nearest seen where none has."""
         if self.method == "platt":
             if self.slope == 0:
                 raise ValueError("a flat calibration has no inverse: the read-out says nothing of the score")
-            kept = min(max(score, 1e-6), 1 - 1e-6)
-            return float((np.log(kept / (1 - kept)) - self.offset) / self.slope)
+            kept = min(max(score, 1e-12), 1 - 1e-12)
+            return float(np.clip((np.log(kept / (1 - kept)) - self.offset) / self.slope, *self.seen))
         x, y = map(np.array, zip(*self.knots, strict=True))
         last, first = int(np.searchsorted(y, score, "right")) - 1, int(np.searchsorted(y, score, "left"))
         if last < 0 or first == len(y):
@@ -64,7 +68,7 @@ def calibrate(method: Method, values_B: Float[Tensor, " B"], scores_B: Float[Ten
 
     fitted = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(values, scores)
     x, y = fitted.X_thresholds_.tolist(), fitted.y_thresholds_.tolist()
-    return Calibration("isotonic", knots=tuple(zip(x, y, strict=True)))
+    return Calibration("isotonic", knots=tuple(zip(x, y, strict=True)), seen=_range(values))
 
 
 def as_outcomes(
@@ -93,7 +97,7 @@ def _platt(values: NDArray[np.float64], scores: NDArray[np.float64]) -> Calibrat
     from sklearn.linear_model import LogisticRegression
 
     level = float(np.clip(scores.mean(), 1e-6, 1 - 1e-6))
-    flat = Calibration("platt", 0.0, float(np.log(level / (1 - level))))
+    flat = Calibration("platt", 0.0, float(np.log(level / (1 - level))), seen=_range(values))
     spread = float(values.std())
     if not spread > 0 or level in (1e-6, 1 - 1e-6):
         return flat
@@ -103,4 +107,9 @@ def _platt(values: NDArray[np.float64], scores: NDArray[np.float64]) -> Calibrat
     slope = float(fitted.coef_[0, 0]) / spread
     if slope <= 0:
         return flat
-    return Calibration("platt", slope, float(fitted.intercept_[0]) - slope * float(values.mean()))
+    offset = float(fitted.intercept_[0]) - slope * float(values.mean())
+    return Calibration("platt", slope, offset, seen=_range(values))
+
+
+def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
