@@ -25,7 +25,7 @@ experiment = $(if $(EXPERIMENT),experiment=$(package_$(1))/$(EXPERIMENT))
 run = $(PY) -m shared.run pipeline=$(1) $(model) $(experiment) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo preft preft-quality preft-parity preft-rl circuits assumptions sweep bench bench-preft bench-circuits tinyworld test check format lock clean
+.PHONY: help setup demo preft preft-quality preft-parity preft-rl circuits assumptions sweep bench bench-preft bench-circuits bench-assumptions tinyworld test check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ bench-preft: setup ## serving speed of prefill-only adapters: 15 minutes, last l
 
 bench-circuits: setup ## node scores and edges: speed and memory, 3 minutes, last line one JSON object (ARGS=--only nodes)
 	@$(PY) benchmarks/circuits_speed.py $(ARGS)
+
+bench-assumptions: setup ## probes and elicitation at scale, last line one JSON object (ARGS=--help: sizes)
+	@$(PY) benchmarks/assumptions_speed.py $(ARGS)
 
 tinyworld: setup ## train the embedded model again from its seeded generator
 	@MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(PY) -m shared.tinyworld.train $(ARGS)

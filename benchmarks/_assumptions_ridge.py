@@ -1,0 +1,182 @@
+"""Nine ridge probes a layer from one streamed factorisation, against scikit-learn's Ridge in a loop; and its memory.
+
+Two measurements. Ratio: both sides fit every dimension at every layer at one strength, from the same float32 shards on
+disk, in double precision, interleaved by layer; the sides must give equal coefficients (`TOLERANCE`), or the comparison
+is void. scikit-learn's loop reads a layer once and fits one Ridge a dimension; a third side hands it all dimensions at
+once, which a loop over dimensions does not, so that what the shared factorisation gains is seen apart from the rest.
+Memory: a process of its own opens a store of other size and chooses among all strengths at every layer; its peak
+resident memory, mapped pages included, is read from the operating system.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from assumptions.ridge import Factors
+from assumptions.rows import gather
+from assumptions.selection import choose
+from assumptions.splits import Split
+from assumptions.store import ActivationStore, Origin
+
+CLAIM = (
+    "One streamed pass and one factorisation a layer for all dimensions, against scikit-learn's Ridge fitted dimension "
+    "by dimension: double precision on all sides, equal coefficients; and the memory that 100,000 rows need."
+)
+KEYS = ("ridge_over_sklearn_loop", "ridge_peak_gib")
+STRENGTH = 10.0  # the paper's
+TOLERANCE = 1e-8  # largest difference of a coefficient, as a share of the largest coefficient
+SIDES = ("streamed", "sklearn_loop", "sklearn_all_at_once")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The sizes; the whole claim is --ratio-rows 100000 --ratio-width 4096 --ratio-layers 32, and 32 peak layers."""
+    parser.add_argument("--ratio-rows", type=int, default=20_000)
+    parser.add_argument("--ratio-width", type=int, default=1024)
+    parser.add_argument("--ratio-layers", type=int, default=4)
+    parser.add_argument("--peak-rows", type=int, default=100_000)
+    parser.add_argument("--peak-width", type=int, default=4096)
+    parser.add_argument("--peak-layers", type=int, default=1)
+    parser.add_argument("--dimensions", type=int, default=9)
+    parser.add_argument("--scratch", help="folder for the shards (default: a temporary one)")
+
+
+def measure(arguments: Namespace) -> dict[str, Any]:
+    """Both measurements: single layers, ratios and the peak."""
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        layers = list(_ratio(Path(scratch) / "ratio", arguments))
+        peak = _peak(Path(scratch) / "peak", arguments)
+    total = {side: sum(layer[side] for layer in layers) for side in SIDES}
+    single = [layer["sklearn_loop"] / layer["streamed"] for layer in layers]
+    return {
+        "layers": layers,
+        "seconds": total,
+        "ridge_over_sklearn_loop": total["sklearn_loop"] / total["streamed"],
+        "ratio_by_layer": {"median": statistics.median(single), "low": min(single), "high": max(single)},
+        "over_sklearn_all_at_once": total["sklearn_all_at_once"] / total["streamed"],
+        "largest_difference": max(layer["difference"] for layer in layers),
+        "ridge_peak_gib": peak["peak_gib"],
+        "peak": peak,
+    }
+
+
+def table(measured: dict[str, Any], arguments: Namespace) -> list[dict[str, Any]]:
+    """One row a side, and one for the memory."""
+    size = f"{arguments.ratio_rows:,} x {arguments.ratio_width:,}, {arguments.ratio_layers} layers"
+    size += f", {arguments.dimensions} dimensions"
+    rows = [
+        {
+            "side": side,
+            "on": size,
+            "seconds": measured["seconds"][side],
+            "times streamed": measured["seconds"][side] / measured["seconds"]["streamed"],
+            "peak GiB": None,
+        }
+        for side in SIDES
+    ]
+    peak = measured["peak"]
+    size = (
+        f"{arguments.peak_rows:,} x {arguments.peak_width:,}, {arguments.peak_layers} layers, all strengths"
+    )
+    rows.append(
+        {
+            "side": "streamed, a process of its own",
+            "on": size,
+            "seconds": peak["seconds"],
+            "times streamed": None,
+            "peak GiB": peak["peak_gib"],
+        }
+    )
+    return rows
+
+
+def _ratio(folder: Path, arguments: Namespace) -> Iterator[dict[str, float]]:
+    """Seconds of every side at every layer, and the largest difference between their coefficients."""
+    from sklearn.linear_model import Ridge
+
+    rows, layers = arguments.ratio_rows, arguments.ratio_layers
+    store, labels_BK = planted_store(folder, rows, arguments.ratio_width, layers, arguments.dimensions)
+
+    def streamed(site: str) -> Any:
+        return Factors(store.at([site]), range(rows), labels_BK).solve(STRENGTH).weight_DK.T.numpy()
+
+    def loop(site: str) -> Any:
+        resid = gather(store.at([site]), range(rows)).numpy()
+        return np.stack([Ridge(alpha=STRENGTH).fit(resid, target.numpy()).coef_ for target in labels_BK.T])
+
+    def all_at_once(site: str) -> Any:
+        return (
+            Ridge(alpha=STRENGTH).fit(gather(store.at([site]), range(rows)).numpy(), labels_BK.numpy()).coef_
+        )
+
+    sides = dict(zip(SIDES, (streamed, loop, all_at_once), strict=True))
+    for site in ("warm-up", *store.sites):
+        found, seconds = {}, {}
+        for name, fit in sides.items():
+            start = time.perf_counter()
+            found[name] = fit(store.sites[0] if site == "warm-up" else site)
+            seconds[name] = time.perf_counter() - start
+        largest = np.abs(found["sklearn_loop"]).max()
+        difference = max(float(np.abs(one - found["sklearn_loop"]).max() / largest) for one in found.values())
+        if difference > TOLERANCE:
+            raise SystemExit(f"coefficients differ by {difference:.2g} of the largest: nothing was compared")
+        if site != "warm-up":
+            yield {**seconds, "difference": difference}
+
+
+def planted_store(
+    folder: Path, rows: int, width: int, layers: int, dimensions: int
+) -> tuple[ActivationStore, torch.Tensor]:
+    """Shards of random activations that carry the labels (B K), written a shard at a time."""
+    draw = torch.Generator().manual_seed(0)
+    sites = tuple(f"blocks.{layer}.output" for layer in range(layers))
+    store = ActivationStore(folder, Origin(sites, "user", "benchmark", "benchmark"))
+    directions_LKD = torch.randn(layers, dimensions, width, generator=draw) / width**0.5
+    labels_BK = torch.rand(rows, dimensions, generator=draw)
+    for start in range(0, rows, 1024):
+        part_BK = labels_BK[start : start + 1024]
+        pooled = [
+            torch.randn(len(part_BK), width, generator=draw) + part_BK @ directions_KD
+            for directions_KD in directions_LKD
+        ]
+        store.append(pooled, [f"{start + i:016x}" for i in range(len(part_BK))])
+    return store, labels_BK.double()
+
+
+def _peak(folder: Path, arguments: Namespace) -> dict[str, Any]:
+    """Peak memory and seconds of a process that chooses probes from the store."""
+    planted_store(
+        folder, arguments.peak_rows, arguments.peak_width, arguments.peak_layers, arguments.dimensions
+    )
+    command = [sys.executable, __file__, str(folder), str(arguments.dimensions)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return result
+
+
+def fit_and_tell(folder: Path, dimensions: int) -> None:
+    """Choose a read-out a dimension among all layers and strengths; print peak memory and seconds as JSON."""
+    store = ActivationStore(folder)
+    rows = len(store)
+    labels_BK = torch.rand(rows, dimensions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ends = [0, rows * 8 // 10, rows * 9 // 10, rows]
+    split = Split(*(list(range(*ends[i : i + 2])) for i in range(3)))
+    start = time.perf_counter()
+    chosen = choose([store.at([site]) for site in store.sites], labels_BK, split)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"peak_gib": peak, "seconds": seconds, "probes": len(chosen)}))
+
+
+if __name__ == "__main__":
+    fit_and_tell(Path(sys.argv[1]), int(sys.argv[2]))
