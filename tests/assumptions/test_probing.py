@@ -18,6 +18,7 @@ from assumptions.metrics import extremes_auroc
 from assumptions.organism import plant
 from assumptions.probe_files import load_probes, save_probes
 from assumptions.probes import fit_probes
+from assumptions.rendering import render, rendering_hash
 from assumptions.rows import blocks_in_memory
 from assumptions.selection import shuffled_searches
 from assumptions.splits import Split, group_split, leave_one_source_out, row_hash
@@ -127,6 +128,25 @@ class TestCapture:
         mean = acts["blocks.0.output"][0, span.content_start : span.content_end].mean(0)
         torch.testing.assert_close(capture_features(model, [chat]).pooled_LBD[0, 0], mean)
 
+    def test_raw_text_is_another_form_with_one_bos(self, model):
+        """T11, T13: the text alone, BOS once and outside the span; probes of one form refuse the other."""
+        from shared.chat import encode_text
+
+        for chat in [*chats(2), replace(chats(1)[0], history=({"role": "user", "content": "before"},))]:
+            raw, templated = (render(model.tokenizer, chat, form) for form in ("raw", "chat"))
+            assert raw.ids == encode_text(model.tokenizer, chat.turn)
+            bos = model.tokenizer.bos_token_id
+            for rendered in (raw, templated):
+                assert rendered.ids.count(bos) == int(rendered.ids[0] == bos)
+            ours = [rendered.ids[rendered.user.start : rendered.user.stop] for rendered in (raw, templated)]
+            assert [model.tokenizer.decode(ids).strip() for ids in ours] == [chat.turn] * 2
+        one = chats(1)
+        with torch.no_grad(), capture(model, ["blocks.0.output"]) as acts:
+            model(model.encode([one[0].turn]))
+        user = render(model.tokenizer, one[0], "raw").user
+        mean = acts["blocks.0.output"][0, user.start : user.stop].mean(0)
+        torch.testing.assert_close(capture_features(model, one, form="raw").pooled_LBD[0, 0], mean)
+
     def test_pooling_is_in_float32_and_blind_to_padding(self):
         resid = torch.full((1, 600, 2), 1.0, dtype=torch.bfloat16)
         resid[0, 300:] = float("nan")
@@ -229,6 +249,23 @@ class TestProbes:
         with pytest.raises(UserError, match=r"no probes\.json"):
             load_probes(tmp_path / "elsewhere")
 
+    def test_another_template_and_other_tensors_are_refused(self, study, model, tmp_path, monkeypatch):
+        """The same weights under another template are other activations; a card vouches for its own tensors alone."""
+        save_probes(tmp_path, study[4])
+        template = model.tokenizer.chat_template
+        with monkeypatch.context() as patched:
+            patched.setattr(model.tokenizer, "chat_template", template.replace("<|start|>", "<|begin|>"))
+            if rendering_hash(model.tokenizer) == study[4].rendering:
+                pytest.fail("the template was not changed")
+            with pytest.raises(UserError, match="another chat template"):
+                load_probes(tmp_path, model)
+        load_probes(tmp_path, model)
+        tensors = load_file(tmp_path / "probes.safetensors")
+        tensors["user_rightness.weight_D"] = -tensors["user_rightness.weight_D"]
+        save_file(tensors, tmp_path / "probes.safetensors")
+        with pytest.raises(UserError, match="weights_hash is not what the card states"):
+            load_probes(tmp_path, model)
+
     def test_evaluation_on_training_rows_is_refused(self, study, model):
         """T23."""
         rows, features, _, split, probes, _ = study
@@ -238,6 +275,8 @@ class TestProbes:
             probes.check(features)
         with pytest.raises(UserError, match="span"):
             probes.check(replace(held, span="last"))
+        with pytest.raises(UserError, match="form 'chat', the features have 'raw'"):
+            probes.check(capture_features(model, [rows[split.test[0]]], form="raw"))
         labels, chosen = study[2], study[5]
         swapped = Split(split.test, split.validation, split.train)
         with pytest.raises(UserError, match="used to fit"):

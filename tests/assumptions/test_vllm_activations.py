@@ -1,0 +1,56 @@
+"""What is read in Hugging Face is what vLLM computes: block outputs of the same prompts, token by token."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from assumptions.chats import Chat
+from assumptions.features import block_outputs
+from assumptions.rendering import render
+from shared.generation import Request, Sampling, VLLMGenerator
+from shared.hooks import capture
+from shared.models import load
+from shared.tinyworld import social
+
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+
+
+def keep(seen, block, module, args, output):
+    """A decoder layer of vLLM gives what its MLP adds and the stream before it; the block's output is their sum."""
+    added, stream = output
+    seen[block].append((added + stream).float().clone())
+
+
+def test_block_outputs_of_both_engines_point_the_same_way():
+    """Cosine at least 0.999 at every block and token of real messages; the mean over the user's message too."""
+    model = load("tinyworld")
+    chats = [Chat(str(i), turn.text) for i, turn in enumerate(social.sample_turns(4, seed=3))]
+    seen = [[] for _ in block_outputs(model)]
+    with VLLMGenerator("tinyworld", enable_prefix_caching=False) as engine:
+
+        def watch(inside):
+            return [
+                layer.register_forward_hook(partial(keep, seen, block))
+                for block, layer in enumerate(inside.model.layers)
+            ]
+
+        [handles] = engine.llm.apply_model(watch)
+        try:
+            for chat in chats:  # one at a time: a batch's tokens lie end to end, in the scheduler's order
+                engine.generate([Request(chat.messages)], Sampling(max_tokens=1, logprobs=None))
+        finally:
+            for handle in handles:
+                handle.remove()
+    for number, chat in enumerate(chats):
+        rendered = render(model.tokenizer, chat)
+        with torch.no_grad(), capture(model, block_outputs(model)) as acts:
+            model(model.encode([chat.messages]))
+        for block, site in enumerate(block_outputs(model)):
+            ours_TD, theirs_TD = acts[site][0].float(), seen[block][number]
+            assert theirs_TD.shape == ours_TD.shape
+            cosine_T = torch.cosine_similarity(ours_TD, theirs_TD, dim=-1)
+            assert float(cosine_T.min()) >= 0.999
+            user = slice(rendered.user.start, rendered.user.stop)
+            pooled = torch.cosine_similarity(ours_TD[user].mean(0), theirs_TD[user].mean(0), dim=0)
+            assert float(pooled) >= 0.9999
