@@ -32,7 +32,7 @@ def elicitation_metrics(elicitation: Elicitation, messages: Messages) -> dict[st
     return metrics
 
 
-def probe_metrics(score: ProbeScore) -> dict[str, float | int | None]:
+def probe_metrics(score: ProbeScore) -> dict[str, Any]:
     """The figures of one probe that go into metrics.json."""
     return {
         "r2": score.r2,
@@ -44,6 +44,11 @@ def probe_metrics(score: ProbeScore) -> dict[str, float | int | None]:
         "auroc_shuffled": score.auroc_shuffled,
         "auroc_quantile_shuffled": score.auroc_quantile_shuffled,
         "r2_bag_of_words": score.r2_bag_of_words,
+        "r2_baselines": score.baselines,
+        "r2_partial": score.partial_r2,
+        "intervals": score.intervals._asdict(),
+        "stability": score.stability._asdict(),
+        "calibration_error": score.calibration_error,
         "rmse": score.rmse,
         "block": score.block,
     }
