@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cross_decomposition import PLSRegression
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -138,7 +138,7 @@ class TestCalibration:
         fitted = calibrate("platt", self.values, torch.sigmoid(1.7 * self.values - 0.4))
         assert (fitted.slope, fitted.offset) == (pytest.approx(1.7, rel=1e-2), pytest.approx(-0.4, abs=1e-2))
 
-    @pytest.mark.parametrize("method", ["platt", "isotonic", "clip"])
+    @pytest.mark.parametrize("method", ["linear", "platt", "isotonic"])
     def test_scores_lie_in_the_unit_interval_and_rise_with_the_value(self, method):
         noisy = (torch.sigmoid(self.values) + 0.2 * torch.randn(500, dtype=torch.float64)).clamp(0, 1)
         fitted = calibrate(method, self.values, noisy)
@@ -146,7 +146,7 @@ class TestCalibration:
         assert ((scores >= 0) & (scores <= 1)).all()
         assert (scores.diff() >= 0).all()
 
-    @pytest.mark.parametrize("method", ["platt", "isotonic"])
+    @pytest.mark.parametrize("method", ["linear", "platt", "isotonic"])
     def test_a_distorted_read_out_is_put_right(self, method):
         """Shrunk and shifted read-outs, as a strong ridge gives them, come back to the scores' own scale."""
         draw = torch.Generator().manual_seed(0)
@@ -157,22 +157,30 @@ class TestCalibration:
         assert calibration_error(values.clamp(0, 1)[1000:], truth[1000:]) > 0.4
 
     def test_a_read_out_against_the_scores_is_made_flat_never_turned(self):
-        fitted = calibrate("platt", self.values, torch.sigmoid(-self.values))
-        assert fitted.slope == 0.0
-        assert float(fitted(self.values)[0]) == pytest.approx(float(torch.sigmoid(-self.values).mean()))
-        with pytest.raises(ValueError, match="no inverse"):
-            fitted.inverse(0.5)
+        falling = torch.sigmoid(-self.values)
+        for method in ("linear", "platt"):
+            fitted = calibrate(method, self.values, falling)
+            assert fitted.slope == 0.0
+            assert float(fitted(self.values)[0]) == pytest.approx(float(falling.mean()))
+            with pytest.raises(UserError, match="calibration is flat"):
+                fitted.inverse(0.5)
+
+    def test_linear_is_the_regression_of_the_scores_on_the_values(self):
+        truth = torch.rand(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        values = 3 * truth + torch.sin(50 * truth)
+        line = LinearRegression().fit(values.numpy()[:, None], truth.numpy())
+        fitted = calibrate("linear", values, truth)
+        assert (fitted.slope, fitted.offset) == (pytest.approx(line.coef_[0]), pytest.approx(line.intercept_))
 
     def test_the_inverse_is_the_value_that_has_the_score(self):
         noisy = (torch.sigmoid(self.values) + 0.1 * torch.randn(500, dtype=torch.float64)).clamp(0, 1)
-        for method in ("platt", "isotonic", "clip"):
+        for method in ("linear", "platt", "isotonic"):
             fitted = calibrate(method, self.values, noisy)
             for score in (0.3, 0.5, 0.8):
                 value = torch.tensor([fitted.inverse(score)], dtype=torch.float64)
                 assert float(fitted(value)[0]) == pytest.approx(score, abs=1e-6)
-        assert (
-            calibrate("platt", self.values, noisy).inverse(1.0) == 4.0
-        )  # the highest read-out it was fitted on
+        with pytest.raises(UserError, match="between 0 and 1"):
+            Calibration("platt").inverse(1.0)
         assert Calibration("isotonic", knots=((0.0, 0.2), (1.0, 0.2), (2.0, 0.9))).inverse(0.2) == 0.5
 
     def test_labels_outside_the_unit_interval_are_refused(self):

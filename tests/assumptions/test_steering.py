@@ -74,12 +74,12 @@ class TestClamp:
         probes = [
             study[3].probes[name] for name in ("user_rightness", "emotional_support", "objectivity_seeking")
         ]
-        edits = [clamp(probes, [0.6, 0.4, 0.5])]
+        edits = [clamp(probes, [0.9, 0.1, 0.5])]
         again = load_interventions(save_interventions(tmp_path / "clamp", edits, model), model)
         for kept in (edits, again):
             with edit(model, kept):
                 features = capture_features(model, ROWS[:7], sites=["blocks.1.output"], batch_size=3)
-            for probe, score in zip(probes, (0.6, 0.4, 0.5)):
+            for probe, score in zip(probes, (0.9, 0.1, 0.5)):
                 torch.testing.assert_close(
                     probe.score(features), torch.full((7,), score, dtype=torch.float64), atol=1e-4, rtol=0
                 )

@@ -1,8 +1,9 @@
 """From a linear read-out to a score in [0, 1], by a monotone map fitted on the validation rows.
 
-`platt`: sigmoid(slope x + offset), the maximum-likelihood one for scores in [0, 1] taken as probabilities (Platt 1999);
-strictly increasing, or flat where the read-out says nothing. `isotonic`: the best increasing step-wise linear map
-(scikit-learn), for many validation rows. `clip`: the read-out itself, cut at 0 and 1.
+`linear`: slope x + offset by least squares, cut at 0 and 1; what a ridge shrank or overstated is put right, and a push
+still moves the score in proportion. `platt`: sigmoid(slope x + offset), the maximum-likelihood one for scores taken as
+probabilities (Platt 1999); for read-outs of log odds. `isotonic`: the best increasing map (scikit-learn), for many
+validation rows. A read-out that falls where the scores rise is made flat, never turned round.
 """
 
 from collections.abc import Sequence
@@ -15,36 +16,46 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-Method = Literal["platt", "isotonic", "clip"]
+from shared.errors import UserError
+
+Method = Literal["linear", "platt", "isotonic"]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A monotone map of read-outs to scores; slope and offset belong to `platt`, knots to the others.
+    """A monotone map of read-outs to scores; knots belong to `isotonic`, slope and offset to the others."""
 
-    `seen` are the lowest and the highest read-out of the rows it was fitted on.
-    """
-
-    method: Method = "clip"
+    method: Method = "linear"
     slope: float = 1.0
     offset: float = 0.0
-    knots: tuple[tuple[float, float], ...] = ((0.0, 0.0), (1.0, 1.0))
-    seen: tuple[float, float] = (0.0, 1.0)
+    knots: tuple[tuple[float, float], ...] = ()
 
     def __call__(self, values_B: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Scores in [0, 1] of read-outs (B)."""
-        if self.method == "platt":
-            return torch.sigmoid(self.slope * values_B + self.offset)
-        x, y = zip(*self.knots, strict=True)
-        return torch.from_numpy(np.interp(values_B.numpy(), x, y))
+        if self.method == "isotonic":
+            x, y = zip(*self.knots, strict=True)
+            return torch.from_numpy(np.interp(values_B.numpy(), x, y))
+        line_B = self.slope * values_B + self.offset
+        return torch.sigmoid(line_B) if self.method == "platt" else line_B.clamp(0.0, 1.0)
 
     def inverse(self, score: float) -> float:
-        """The read-out whose score this is: the middle one where several have it, the nearest seen where none has."""
-        if self.method == "platt":
-            if self.slope == 0:
-                raise ValueError("a flat calibration has no inverse: the read-out says nothing of the score")
-            kept = min(max(score, 1e-12), 1 - 1e-12)
-            return float(np.clip((np.log(kept / (1 - kept)) - self.offset) / self.slope, *self.seen))
+        """The read-out whose score this is; of several the middle one, of none (`isotonic`) the nearest.
+
+        UserError where the map is flat, and for `platt` at 0 and 1, which no read-out has.
+        """
+        if self.method == "isotonic":
+            return self._between_knots(score)
+        if self.slope == 0:
+            raise UserError(
+                "the read-out says nothing of the score (its calibration is flat): it cannot be inverted"
+            )
+        if self.method == "linear":
+            return (score - self.offset) / self.slope
+        if not 0 < score < 1:
+            raise UserError(f"a score of {score:g} has no read-out: take one between 0 and 1")
+        return float((np.log(score / (1 - score)) - self.offset) / self.slope)
+
+    def _between_knots(self, score: float) -> float:
         x, y = map(np.array, zip(*self.knots, strict=True))
         last, first = int(np.searchsorted(y, score, "right")) - 1, int(np.searchsorted(y, score, "left"))
         if last < 0 or first == len(y):
@@ -54,21 +65,21 @@ class Calibration:
         return float(x[last] + (score - y[last]) / (y[first] - y[last]) * (x[first] - x[last]))
 
 
-CLIP = Calibration()
+UNCALIBRATED = Calibration()
 
 
 def calibrate(method: Method, values_B: Float[Tensor, " B"], scores_B: Float[Tensor, " B"]) -> Calibration:
     """Fit the map from read-outs to scores in [0, 1] on rows that did not fit the read-out."""
-    if method == "clip":
-        return CLIP
     values, scores = values_B.double().numpy(), scores_B.double().numpy()
+    if method == "linear":
+        return _linear(values, scores)
     if method == "platt":
         return _platt(values, scores)
     from sklearn.isotonic import IsotonicRegression
 
     fitted = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(values, scores)
     x, y = fitted.X_thresholds_.tolist(), fitted.y_thresholds_.tolist()
-    return Calibration("isotonic", knots=tuple(zip(x, y, strict=True)), seen=_range(values))
+    return Calibration("isotonic", knots=tuple(zip(x, y, strict=True)))
 
 
 def as_outcomes(
@@ -93,11 +104,18 @@ def calibration_error(scores_B: Float[Tensor, " B"], labels_B: Float[Tensor, " B
     return sum(gaps) / len(order)
 
 
+def _linear(values: NDArray[np.float64], scores: NDArray[np.float64]) -> Calibration:
+    centred = values - values.mean()
+    slope = float(centred @ scores / (centred @ centred)) if values.std() > 0 else 0.0
+    slope = max(slope, 0.0)
+    return Calibration("linear", slope, float(scores.mean()) - slope * float(values.mean()))
+
+
 def _platt(values: NDArray[np.float64], scores: NDArray[np.float64]) -> Calibration:
     from sklearn.linear_model import LogisticRegression
 
     level = float(np.clip(scores.mean(), 1e-6, 1 - 1e-6))
-    flat = Calibration("platt", 0.0, float(np.log(level / (1 - level))), seen=_range(values))
+    flat = Calibration("platt", 0.0, float(np.log(level / (1 - level))))
     spread = float(values.std())
     if not spread > 0 or level in (1e-6, 1 - 1e-6):
         return flat
@@ -107,9 +125,4 @@ def _platt(values: NDArray[np.float64], scores: NDArray[np.float64]) -> Calibrat
     slope = float(fitted.coef_[0, 0]) / spread
     if slope <= 0:
         return flat
-    offset = float(fitted.intercept_[0]) - slope * float(values.mean())
-    return Calibration("platt", slope, offset, seen=_range(values))
-
-
-def _range(values: NDArray[np.float64]) -> tuple[float, float]:
-    return float(values.min()), float(values.max())
+    return Calibration("platt", slope, float(fitted.intercept_[0]) - slope * float(values.mean()))

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from assumptions.baselines import baseline_scores, length_format
-from assumptions.calibration import Method, calibration_error
+from assumptions.calibration import calibration_error
 from assumptions.chats import Chat
 from assumptions.families import FamilyName, family
 from assumptions.features import ActivationSet
@@ -134,14 +134,11 @@ def leave_one_source_out_scores(
     labeller: str,
     seed: int = 0,
     kind: FamilyName = "ridge",
-    calibration: Method = "platt",
 ) -> dict[str, dict[str, Figures]]:
     """For every source: probes fitted and chosen on all other sources, figures on it, by dimension."""
     scores: dict[str, dict[str, Figures]] = {}
     for source, split in leave_one_source_out(chats, seed):
-        probe_set, _ = fit_probes(
-            features, labels_BK, dimensions, split, labeller, kind=kind, calibration=calibration
-        )
+        probe_set, _ = fit_probes(features, labels_BK, dimensions, split, labeller, kind=kind)
         probe_set.check(features, rows=split.test)
         scores[source] = {
             name: figures(

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assumptions.calibration import as_outcomes
+from assumptions.calibration import Method, as_outcomes
 from assumptions.ridge import STRENGTHS, Linear, r2, ridge_path
 from assumptions.rows import Rows, gather
 from shared.errors import UserError
@@ -34,13 +34,17 @@ LOGISTIC_STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 @dataclass(frozen=True)
 class Family:
-    """How read-outs are fitted, by which share explained they are chosen, which score a value of theirs stands for."""
+    """How read-outs are fitted, by which share explained they are chosen, which score a value of theirs stands for.
+
+    `calibration` is the map to scores where none is chosen.
+    """
 
     name: FamilyName
     strengths: tuple[float, ...]
     path: Path
     explained: Callable[[Float[Tensor, "B K"], Float[Tensor, "B K"]], Float[Tensor, "K"]]
     estimate: Callable[[Tensor], Tensor]
+    calibration: Method
 
 
 def pls_path(
@@ -106,9 +110,11 @@ def family(name: str) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "ridge": Family("ridge", STRENGTHS, ridge_path, r2, as_it_is),
-    "pls": Family("pls", COMPONENTS, pls_path, r2, as_it_is),
-    "logistic": Family("logistic", LOGISTIC_STRENGTHS, logistic_path, deviance_explained, torch.sigmoid),
+    "ridge": Family("ridge", STRENGTHS, ridge_path, r2, as_it_is, "linear"),
+    "pls": Family("pls", COMPONENTS, pls_path, r2, as_it_is, "linear"),
+    "logistic": Family(
+        "logistic", LOGISTIC_STRENGTHS, logistic_path, deviance_explained, torch.sigmoid, "platt"
+    ),
 }
 
 

@@ -88,9 +88,6 @@ def _check_model(folder: Path, card: dict[str, Any], tensors: dict[str, Tensor],
 def _probe(name: str, row: dict[str, Any], tensors: dict[str, Tensor]) -> Probe:
     parts: dict[str, Any] = {key: tensors[f"{name}.{key}"] for key in _TENSORS}
     calibration = row["calibration"]
-    calibration |= {
-        "knots": tuple((x, y) for x, y in calibration["knots"]),
-        "seen": tuple(calibration["seen"]),
-    }
-    parts |= {"sites": tuple(row["sites"]), "calibration": Calibration(**calibration)}
+    knots = tuple((x, y) for x, y in calibration["knots"])
+    parts |= {"sites": tuple(row["sites"]), "calibration": Calibration(**{**calibration, "knots": knots})}
     return Probe(dimension=name, **{**{key: row[key] for key in _VALUES}, **parts})

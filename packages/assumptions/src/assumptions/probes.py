@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from assumptions.calibration import CLIP, Calibration, Method, calibrate
+from assumptions.calibration import UNCALIBRATED, Calibration, Method, calibrate
 from assumptions.families import FamilyName, family
 from assumptions.features import ActivationSet
 from assumptions.rendering import Form
@@ -42,7 +42,7 @@ class Probe:
     resid_norm: float
     r2_validation: float  # `logistic`: the share of the deviance
     family: FamilyName = "ridge"
-    calibration: Calibration = CLIP
+    calibration: Calibration = UNCALIBRATED
 
     def __post_init__(self) -> None:
         for site in self.sites:
@@ -141,14 +141,14 @@ def fit_probes(
     labeller: str,
     strengths: Sequence[float] | None = None,
     kind: FamilyName = "ridge",
-    calibration: Method = "platt",
+    calibration: Method | None = None,
     candidates: Sequence[tuple[str, ...]] | None = None,
 ) -> tuple[ProbeSet, list[Chosen]]:
     """Fit one probe per dimension on scores in [0, 1]; place and strength are chosen on the validation rows.
 
     `candidates` are the places to choose among, each one site or several to be read side by side; by default every site
-    alone. `strengths` default to the family's. Raises UserError when a label is missing or outside [0, 1], or when one
-    dimension's training labels are all alike.
+    alone. `strengths` and `calibration` default to the family's. Raises UserError when a label is missing or outside
+    [0, 1], or when one dimension's training labels are all alike.
     """
     _check_labels(labels_BK, dimensions, split)
     tried = places(features, candidates)
@@ -166,7 +166,7 @@ def fit_probes(
             strength=one.strength,
             r2_validation=one.r2_validation,
             family=kind,
-            calibration=calibrate(calibration, held, labels_B[split.validation]),
+            calibration=calibrate(calibration or family(kind).calibration, held, labels_B[split.validation]),
             **scales,
         )
     used = tuple(features.row_hashes[i] for i in (*split.train, *split.validation))

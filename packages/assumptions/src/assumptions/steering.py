@@ -76,8 +76,7 @@ def pattern_direction(probe: Probe) -> Direction:
 def clamp(probes: Sequence[Probe], scores: Sequence[float], scope: Scope = "all") -> LowRank:
     """The edit under which each probe, all at one block, reads its score from any span within the scope.
 
-    Probes whose directions overlap are clamped together; a score that no validation row had is clamped to the nearest
-    read-out that one had. UserError for probes of several blocks, or parallel ones.
+    Probes whose directions overlap are clamped together. UserError for probes of several blocks, or parallel ones.
     """
     if len({probe.block for probe in probes}) != 1:
         raise UserError("probes that are clamped together must read one block; clamp each block by itself")
