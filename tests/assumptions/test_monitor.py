@@ -68,12 +68,12 @@ class TestSubject:
                 assert scores[name] == pytest.approx(turn.posterior_9[k], abs=0.06)
 
     def test_a_push_moves_the_read_out_by_the_weights_norm_a_unit(self, subject):
-        """+1 SD of the projection is sd |w| of the score, uncut."""
+        """+1 SD of the projection is sd |w| of the read-out, and the calibration's slope of the score, uncut."""
         messages = [{"role": "user", "content": WANT[0].text}]
         plain = subject.read(messages)
         for name in NAMES:
             probe = subject.probes.probes[name]
-            step = probe.projection_sd * float(probe.weight_D.norm())
+            step = probe.projection_sd * float(probe.weight_D.norm()) * probe.calibration.slope
             dose = 0.5 if plain[name] < 0.5 else -0.5
             moved = subject.read(messages, subject.edits([Setting(name, "push", dose)]))
             assert moved[name] - plain[name] == pytest.approx(dose * step, abs=1e-4)
