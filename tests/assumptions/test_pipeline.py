@@ -20,7 +20,13 @@ from assumptions.pipeline import PIPELINE
 from assumptions.probes import fit_probes
 from assumptions.run_metrics import steering_metrics
 from assumptions.scripted import ScriptedGenerator
-from assumptions.settings import AssumptionProbingConfig, ChoiceSettings, JudgeSettings, SteeringSettings
+from assumptions.settings import (
+    AssumptionProbingConfig,
+    ChoiceSettings,
+    JudgeSettings,
+    ProbeSettings,
+    SteeringSettings,
+)
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split
 from assumptions.steered import Steered, Steering, dose_test
@@ -277,7 +283,7 @@ def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
 
     path = tmp_path / "mine.csv"
     turns = [turn.text for turn in social.sample_turns(40, seed=9)]
-    path.write_text("prompt\n" + "".join(f"{turn}\n" for turn in turns))
+    path.write_text("prompt,source\n" + "".join(f"{turn},{'ab'[i % 2]}\n" for i, turn in enumerate(turns)))
 
     def truth(prompt):
         counts = social.read_counts(prompt.split("<message>")[2].split("</message>")[0])
@@ -308,7 +314,14 @@ def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
     )
     judge = JudgeSettings("server", "http://127.0.0.1:1/v1", "grader")
     config = AssumptionProbingConfig(
-        str(path), {"text": "prompt"}, 40, "nine_scores", shuffles=1, steering=steering, judge=judge
+        str(path),
+        {"text": "prompt"},
+        40,
+        "nine_scores",
+        shuffles=1,
+        probe=ProbeSettings(kind="pls", left_out=True),
+        steering=steering,
+        judge=judge,
     )
 
     def study(*written):
@@ -333,6 +346,8 @@ def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
     assert "spearman" not in metrics
     assert metrics["json_valid"] == 1.0
     assert set(metrics["probe"]) == set(NAMES)
+    assert set(metrics["probe_left_out"]) == {"a", "b"}
+    assert all(set(by_name) == set(NAMES) for by_name in metrics["probe_left_out"].values())
     assert metrics["slope_over_largest_random"] == {"user_rightness": None}
 
     before, after = turns[7], "About my garden: was I right?"

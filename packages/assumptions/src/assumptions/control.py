@@ -71,7 +71,8 @@ def directions_by_block(
     directions = []
     for block in blocks:
         there = features.only([f"blocks.{block}.output"])
-        fitted, _ = fit_probes(there, labels_B1, [dimension], split, probes.labeller)
+        family = probes.probes[dimension].family
+        fitted, _ = fit_probes(there, labels_B1, [dimension], split, probes.labeller, kind=family)
         directions.append(make(fitted.probes[dimension]))
     return directions
 

@@ -4,7 +4,7 @@ All are made from the same training rows at the same block as the direction they
 alpha (norm-matched: they take over its scales), so that a curve differs in the direction alone.
 
     random         Gaussian, normalised (`assumptions.steering.random_directions`)
-    shuffled       the probe's own ridge, fitted on the labels of other messages
+    shuffled       the probe's own kind of fit, on the labels of other messages
     means          mean of the rows labelled high less mean of those labelled low: outer 30% each
     sycophancy     logistic regression (C = 1, balanced) of whether the unedited reply was judged above the median
     orthogonalised what is left of each direction outside the span of the others
@@ -20,8 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from assumptions.dimensions import SIGNS
+from assumptions.families import family
 from assumptions.features import Features
 from assumptions.probes import Probe
+from assumptions.rows import InMemory
 from assumptions.steering import Direction, Kind, unit_vector
 from shared.errors import UserError
 
@@ -56,12 +58,11 @@ class Ground:
 def shuffled_direction(
     ground: Ground, matched: Direction, probe: Probe, labels_B: Float[Tensor, " B"], seed: int = 0
 ) -> Direction:
-    """The probe's ridge on the ground's rows with their labels (B) permuted."""
-    from sklearn.linear_model import Ridge
-
+    """The probe's own kind of fit, at its strength, on the ground's rows with their labels (B) permuted."""
     permuted = labels_B[torch.randperm(len(labels_B), generator=torch.Generator().manual_seed(seed))]
-    fitted = Ridge(alpha=probe.strength).fit(ground.pooled_BD.numpy(), permuted.double().numpy())
-    return ground.beside(matched, "shuffled", torch.from_numpy(fitted.coef_))
+    place, rows = InMemory(ground.pooled_BD), range(len(permuted))
+    [(_, read)] = family(probe.family).path(place, rows, permuted[:, None], (probe.strength,))
+    return ground.beside(matched, "shuffled", read.weight_DK[:, 0])
 
 
 def means_direction(ground: Ground, matched: Direction, labels_B: Float[Tensor, " B"]) -> Direction:

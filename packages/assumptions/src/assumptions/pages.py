@@ -59,9 +59,9 @@ def add_probes(
 ) -> None:
     """The probes: test figures beside their controls, and R2 over blocks."""
     report.text(
-        "# What its activations hold\n\nOne ridge regression a dimension from the mean block output over the user's "
+        "# What its activations hold\n\nOne linear probe a dimension from the mean block output over the user's "
         f"message to the elicited score: fitted on {train} messages, block and strength chosen on {validation}, "
-        f"figures on {test} others. Shuffled labels and a bag of words went through the same search."
+        f"figures on {test} others. Shuffled labels, length and format and a bag of words went through the same search."
     )
     report.table([_probe_row(name, score) for name, score in scores.items()], "Probes on test messages")
     report.figure(probe_chart(scores), "R2 of the probes and of their controls.")
@@ -79,10 +79,16 @@ def _probe_row(name: str, score: ProbeScore) -> dict[str, Any]:
         if extremes.auroc is not None
         else f"none: {extremes.refusal}",
         "rows": f"{extremes.n_low} / {extremes.n_high}",
+        "95%": f"{score.intervals.r2.low:.3f} to {score.intervals.r2.high:.3f}"
+        if score.intervals.r2
+        else "none",
+        "R2 beyond length": score.partial_r2,
+        "R2 length and format": score.baselines["length_format"],
         "R2 bag of words": score.r2_bag_of_words,
         "R2 shuffled": score.r2_shuffled,
         "Spearman shuffled": score.spearman_shuffled,
         "AUROC shuffled": score.auroc_shuffled,
+        "cosine of halves": score.stability.filter,
     }
 
 

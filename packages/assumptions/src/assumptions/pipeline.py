@@ -25,14 +25,20 @@ from assumptions.chats import Chat
 from assumptions.control import control_metrics
 from assumptions.dimensions import NAMES
 from assumptions.elicitation import Elicitation, elicit, header
-from assumptions.evaluation import evaluate_probes
+from assumptions.evaluation import evaluate_probes, leave_one_source_out_scores
 from assumptions.features import Features, capture_features, load_features, save_features
 from assumptions.instruments import Instrument, instrument
 from assumptions.judges import judging
 from assumptions.pages import add_choice, add_elicitation, add_probes, add_steering
 from assumptions.probe_files import save_probes
 from assumptions.probes import fit_probes
-from assumptions.run_metrics import elicitation_metrics, probe_metrics, range_metrics, steering_metrics
+from assumptions.run_metrics import (
+    elicitation_metrics,
+    left_out_metrics,
+    probe_metrics,
+    range_metrics,
+    steering_metrics,
+)
 from assumptions.settings import AssumptionProbingConfig
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split, row_hash
@@ -56,12 +62,25 @@ def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) ->
     features = captured(config, model, messages.chats, run).rows(rows)
     split = group_split(chats, run.seed)
     label = instrument(config.instrument).id
-    probes, chosen = fit_probes(features, labels, NAMES, split, label)
+    probes, chosen = fit_probes(features, labels, NAMES, split, label, kind=config.probe.kind)
     save_probes(run.path("probes"), probes)
     scores = evaluate_probes(
-        features, labels, probes, chosen, split, chats, shuffles=config.shuffles, seed=run.seed
+        features,
+        labels,
+        probes,
+        chosen,
+        split,
+        chats,
+        shuffles=config.shuffles,
+        seed=run.seed,
+        embedding=config.probe.embedding or None,
     )
     metrics |= {"probe": {name: probe_metrics(score) for name, score in scores.items()}}
+    if config.probe.left_out:
+        left_out = leave_one_source_out_scores(
+            features, labels, NAMES, chats, label, run.seed, config.probe.kind
+        )
+        metrics |= {"probe_left_out": left_out_metrics(left_out)}
     add_probes(run.report, scores, len(split.train), len(split.validation), len(split.test))
 
     held = [chats[i] for i in split.test][: config.steering.messages]

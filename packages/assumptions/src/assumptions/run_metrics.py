@@ -9,6 +9,7 @@ from assumptions.dimensions import NAMES, SIGNS
 from assumptions.doses import Curve
 from assumptions.elicitation import Elicitation
 from assumptions.evaluation import ProbeScore
+from assumptions.metrics import Figures
 from assumptions.ranges import DoseRange
 from assumptions.sources import Messages
 from assumptions.steered import Steered
@@ -51,6 +52,17 @@ def probe_metrics(score: ProbeScore) -> dict[str, Any]:
         "calibration_error": score.calibration_error,
         "rmse": score.rmse,
         "block": score.block,
+    }
+
+
+def left_out_metrics(scores: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
+    """By source that was left out and dimension: the figures that go into metrics.json."""
+    return {
+        source: {
+            name: {"r2": one.r2, "spearman": one.spearman, "auroc": one.auroc.auroc}
+            for name, one in by_name.items()
+        }
+        for source, by_name in scores.items()
     }
 
 

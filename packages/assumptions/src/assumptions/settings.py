@@ -5,10 +5,23 @@ from typing import Literal
 
 from assumptions.dimensions import NAMES, dimension
 from assumptions.elicitation import ElicitationSettings, check
+from assumptions.families import FamilyName
 from assumptions.features import Span
 from assumptions.instruments import instrument
 from assumptions.steering import Scope, Unit
 from shared.errors import UserError
+
+
+@dataclass
+class ProbeSettings:
+    """How scores are read from activations: the family of probes, and a sentence encoder (name or folder) to beat.
+
+    `left_out`: also figures on every source by probes fitted on the others.
+    """
+
+    kind: FamilyName = "ridge"
+    embedding: str = ""
+    left_out: bool = False
 
 
 @dataclass
@@ -99,6 +112,7 @@ class AssumptionProbingConfig:
     elicitation: ElicitationSettings = field(default_factory=lambda: ElicitationSettings(max_tokens=256))
     span: Span = "user"
     shuffles: int = 5
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
     steering: SteeringSettings = field(default_factory=SteeringSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
 
