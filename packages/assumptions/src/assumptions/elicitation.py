@@ -34,14 +34,20 @@ RETRIED = frozenset({Status.FAILED, Status.TEMPLATE_ECHO})
 
 @dataclass(frozen=True)
 class ElicitationSettings:
-    """How to ask: sampling of one draw, draws per chat, guided decoding, order of dimensions, batch size, seed."""
+    """How to ask: sampling of one draw, draws per chat, guided decoding, order of dimensions, batch size, seed.
+
+    `order`: the dimensions in this order for every draw (none: the instrument's own); `shuffle_order` draws one a draw.
+    `keep_tokens`: records keep the answer's token ids, which `token_scores` needs.
+    """
 
     max_tokens: int = 512  # a grammar leaves digits open: this ends a loop
     temperature: float = 0.0
     top_p: float = 1.0
     samples: int = 1
     guided: bool = True
+    order: tuple[str, ...] = ()
     shuffle_order: bool = False
+    keep_tokens: bool = False
     batch_size: int = 128
     seed: int = 0
 
@@ -86,6 +92,7 @@ class _Draw:
     attempt: int
     order: tuple[str, ...]
     request: Request
+    keep_tokens: bool = False
 
     @property
     def key(self) -> Key:
@@ -107,6 +114,7 @@ class _Draw:
             repairs=elicited.answer.repairs,
             missing=elicited.answer.missing,
             attempt=self.attempt,
+            token_ids=tuple(completion.token_ids) if self.keep_tokens else (),
         )
 
     def failure(self, error: str) -> Record:
@@ -153,6 +161,10 @@ def check(instrument: Instrument, settings: ElicitationSettings) -> None:
             f"instrument {instrument.id} continues after its JSON ({', '.join(instrument.sections)}), which guided "
             "decoding would cut off: set guided=false or take its scores-only form"
         )
+    if settings.order and settings.shuffle_order:
+        raise UserError("order fixes the order of dimensions, shuffle_order draws one: choose either")
+    if settings.order:
+        instrument.messages("x", order=settings.order)  # refuses what is no permutation
     if settings.samples > 1 and settings.temperature == 0:
         raise UserError("samples > 1 at temperature 0 are all alike: set a temperature")
 
@@ -167,6 +179,7 @@ def header(instrument: Instrument, settings: ElicitationSettings, model: str) ->
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "max_tokens": settings.max_tokens,
+        "order": settings.order,
         "shuffle_order": settings.shuffle_order,
         "seed": settings.seed,
     }
@@ -196,16 +209,16 @@ def _draws(
 def _draw(
     instrument: Instrument, chat: Chat, sample: int, attempt: int, settings: ElicitationSettings
 ) -> _Draw:
-    seed = _seed(settings.seed, chat.id, sample, attempt)
-    order = instrument.dimensions
+    seed = seed_of(settings.seed, chat.id, sample, attempt)
+    order = settings.order or instrument.dimensions
     if settings.shuffle_order:
         order = tuple(np.random.default_rng(seed).permutation(order).tolist())
     schema = instrument.json_schema(order) if settings.guided else None
     request = Request(instrument.messages(chat.turn, chat.history, order), json_schema=schema, seed=seed)
-    return _Draw(instrument, chat, sample, attempt, order, request)
+    return _Draw(instrument, chat, sample, attempt, order, request, settings.keep_tokens)
 
 
-def _seed(*parts: object) -> int:
+def seed_of(*parts: object) -> int:
     """A seed in [0, 2**31) that depends on every part and on nothing else: not on batch, order or resume."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1

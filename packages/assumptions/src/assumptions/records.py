@@ -35,6 +35,7 @@ class Record:
     missing: tuple[str, ...] = ()
     error: str | None = None
     attempt: int = 0
+    token_ids: tuple[int, ...] = ()  # where the settings keep them
 
     @property
     def key(self) -> Key:
@@ -61,5 +62,5 @@ def final(records: Iterable[Record]) -> list[Record]:
 
 
 def _record(row: dict[str, Any]) -> Record:
-    tuples = {name: tuple(row[name]) for name in ("order", "repairs", "missing")}
+    tuples = {name: tuple(row.get(name, ())) for name in ("order", "repairs", "missing", "token_ids")}
     return Record(**{**row, **tuples, "status": Status(row["status"])})
