@@ -184,3 +184,29 @@ def test_what_a_server_cannot_tell_or_do(server):
         server.finish_reason = "content_filter"
         with pytest.raises(UserError, match="the server ended a request with 'content_filter'"):
             generator.generate([Request("x")], Sampling())
+
+
+def test_requests_are_spaced_by_the_rate_limit():
+    from shared.generation.pacing import Pace
+
+    now, slept = [100.0], []
+    pace = Pace(120.0, clock=lambda: now[0], sleep=slept.append)
+    for _ in range(4):
+        pace.wait()  # nobody moves the clock: each waits half a second longer than the one before
+    assert slept == [0.5, 1.0, 1.5]
+    now[0] = 200.0
+    pace.wait()
+    assert len(slept) == 3
+    free = Pace(None, clock=lambda: 0.0, sleep=slept.append)
+    free.wait(), free.wait()
+    assert len(slept) == 3
+    with pytest.raises(UserError, match="requests_per_minute must be positive"):
+        Pace(0.0)
+
+
+def test_every_request_waits_for_its_turn(server, monkeypatch):
+    turns = []
+    with OpenAIGenerator(server.url, "m", concurrency=4, requests_per_minute=6e6) as generator:
+        monkeypatch.setattr(generator._pace, "wait", lambda: turns.append(1))
+        generator.generate([Request("x")] * 5, Sampling())
+    assert len(turns) == 5

@@ -203,8 +203,13 @@ INSTRUMENTS: dict[str, Instrument] = {
 }
 
 
+_OPENENDED = re.compile(r"openended([1-9]\d?)(_chat)?")
+
+
 def instrument(name: str) -> Instrument:
-    """Return the instrument called `name`; UserError lists the names otherwise."""
-    if name not in INSTRUMENTS:
-        raise UserError(f"no instrument {name!r}; there are {', '.join(sorted(INSTRUMENTS))}")
-    return INSTRUMENTS[name]
+    """Return the instrument called `name`, `openendedK` for any K up to 99; UserError lists the names otherwise."""
+    if name in INSTRUMENTS:
+        return INSTRUMENTS[name]
+    if match := _OPENENDED.fullmatch(name):
+        return openended(int(match[1]), "chat" if match[2] else "third_person")
+    raise UserError(f"no instrument {name!r}; there are openendedK and {', '.join(sorted(INSTRUMENTS))}")

@@ -18,6 +18,8 @@ from jaxtyping import Float
 from shared.errors import UserError
 from shared.stats import Interval
 
+_NOTHING = 1e-12  # a mean square this much smaller than another is rounding
+
 
 class Reliability(NamedTuple):
     """Both coefficients with their intervals; n subjects, k conditions."""
@@ -47,7 +49,7 @@ def intraclass(values_nk: Float[np.ndarray, "n k"], level: float = 0.95) -> Reli
         raise UserError("an intraclass correlation has no missing cells: leave out subjects that lack one")
     squares = mean_squares(values_nk)
     scale = max(float(np.abs(values_nk).max()) ** 2, 1.0)
-    if squares.rows <= 1e-12 * scale and squares.residual <= 1e-12 * scale:
+    if squares.rows <= _NOTHING * scale and squares.residual <= _NOTHING * scale:
         undefined = Interval(float("nan"), float("nan"), float("nan"))
         return Reliability(undefined, undefined, n, k)
     return Reliability(_agreement(squares, n, k, level), _consistency(squares, n, k, level), n, k)
@@ -70,7 +72,7 @@ def _consistency(squares: MeanSquares, n: int, k: int, level: float) -> Interval
 
     msr, _, mse = squares
     estimate = (msr - mse) / (msr + (k - 1) * mse)
-    if mse == 0:
+    if mse <= _NOTHING * msr:
         return Interval(estimate, estimate, estimate)
     upper, df = (1 + level) / 2, (n - 1) * (k - 1)
     low, high = msr / mse / f.ppf(upper, n - 1, df), msr / mse * f.ppf(upper, df, n - 1)
@@ -82,10 +84,12 @@ def _agreement(squares: MeanSquares, n: int, k: int, level: float) -> Interval:
 
     msr, msc, mse = squares
     estimate = (msr - mse) / (msr + (k - 1) * mse + k * (msc - mse) / n)
-    if msc == 0 and mse == 0:
+    if msc + mse <= _NOTHING * msr:
         return Interval(estimate, estimate, estimate)
-    # Satterthwaite's degrees of freedom of the error, which mixes columns and residual
-    a, b = k * estimate / (n * (1 - estimate)), 1 + k * estimate * (n - 1) / (n * (1 - estimate))
+    # Satterthwaite's degrees of freedom of the error, which mixes columns and residual; a negative estimate, for which
+    # the approximation breaks down, takes those of 0
+    known = max(estimate, 0.0)
+    a, b = k * known / (n * (1 - known)), 1 + k * known * (n - 1) / (n * (1 - known))
     parts = (a * msc) ** 2 / (k - 1) + (b * mse) ** 2 / ((n - 1) * (k - 1))
     df = (a * msc + b * mse) ** 2 / parts
     upper, error = (1 + level) / 2, k * msc + (k * n - k - n) * mse

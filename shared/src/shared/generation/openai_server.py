@@ -13,6 +13,7 @@ from typing import Any
 
 from shared.errors import UserError
 from shared.generation.openai_answers import chat_completion, text_completion
+from shared.generation.pacing import Pace
 from shared.generation.prompts import is_chat
 from shared.generation.requests import Completion, Draw, EngineBase, Sampling
 
@@ -28,8 +29,9 @@ VLLM_EXTRAS: dict[str, Any] = {
 class OpenAIGenerator(EngineBase):
     """A server at `base_url` (ending in /v1) serving `model`; a request's adapter is another model name there.
 
-    The key is `api_key`, or OPENAI_API_KEY in the environment, or none. UserError when the server cannot be reached,
-    refuses the key or does not list the model.
+    The key is `api_key`, or OPENAI_API_KEY in the environment, or none. `requests_per_minute` spaces the requests; a
+    retry comes in addition, when the server asks for it. UserError when the server cannot be reached, refuses the key
+    or does not list the model.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class OpenAIGenerator(EngineBase):
         concurrency: int = 64,
         max_retries: int = 4,
         timeout: float = 600.0,
+        requests_per_minute: float | None = None,
     ) -> None:
         from openai import OpenAI
 
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self.base_url, self.model, self.concurrency = base_url, model, concurrency
+        self._pace = Pace(requests_per_minute)
         self._client = OpenAI(base_url=base_url, api_key=key, max_retries=max_retries, timeout=timeout)
         try:
             self._owners = self._list_models()
@@ -92,6 +96,7 @@ class OpenAIGenerator(EngineBase):
 
         body, top = self._body(draw, sampling), sampling.logprobs or 0
         prompt: Any = draw.request.prompt
+        self._pace.wait()
         try:
             if is_chat(prompt):
                 chat_body = {**chat_logprobs(sampling.logprobs), **body}
