@@ -155,3 +155,29 @@ def test_t31_any_k_states_its_form_and_schema():
         schema = asked.json_schema()["properties"]["mental_models"]
         assert (schema["minItems"], schema["maxItems"]) == (k, k)
     assert instrument("openended3").id == instrument("openended").id
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_guided_answers_cannot_loop_in_digits_strings_or_white_space():
+    """The grammar that a schema becomes bounds all three, so that no answer runs into the token limit."""
+    import xgrammar
+    from xgrammar.testing import _is_grammar_accept_string
+
+    def accepts(asked, text):
+        return _is_grammar_accept_string(grammars[asked.id], text)
+
+    scores = replace(instrument("4dims_scores"), sections=())
+    models = replace(instrument("openended1"), sections=())
+    grammars = {
+        one.id: xgrammar.Grammar.from_json_schema(
+            one.json_schema(), any_whitespace=False, separators=(", ", ": ")
+        )
+        for one in (scores, models)
+    }
+    form = "{" + ", ".join(f'"{name}": NUMBER' for name in scores.dimensions) + "}"
+    for number, good in (("0.5", True), ("1", True), ("0.123456", True), ("0.12345678", False), ("7", False)):
+        assert accepts(scores, form.replace("NUMBER", number)) == good
+    assert not accepts(scores, form.replace("NUMBER", "0.5").replace(", ", ",  "))
+    model = '{"mental_models": [{"model_name": "NAME", "description": "d", "probability": 0.5}]}'
+    assert accepts(models, model.replace("NAME", "n" * 80))
+    assert not accepts(models, model.replace("NAME", "n" * 81))

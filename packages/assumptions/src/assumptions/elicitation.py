@@ -40,7 +40,7 @@ class ElicitationSettings:
     `keep_tokens`: records keep the answer's token ids, which `token_scores` needs.
     """
 
-    max_tokens: int = 512  # a grammar leaves digits open: this ends a loop
+    max_tokens: int = 512  # ends a loop where no grammar bounds digits and strings
     temperature: float = 0.0
     top_p: float = 1.0
     samples: int = 1
