@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared import manifest
+from shared.progress import progress
 from shared.report import Report
 from shared.serialize import atomic_path, plain, read_json, remove, write_json
 from shared.stats import seed_everything
@@ -174,11 +175,7 @@ class Run:
 
     def progress(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Iterate with a progress bar on stderr; silent where stderr is no terminal."""
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        yield from track(items, label, total=total, console=console, disable=not console.is_terminal)
+        return progress(items, label, total)
 
     def close(self, error: BaseException | None) -> None:
         """Write the final manifest and the report; a failed run keeps its error."""

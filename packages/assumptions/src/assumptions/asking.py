@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 from assumptions.answer_file import Answered, AnswerFile
 from shared.errors import UserError
 from shared.generation import Completion, Generator, Request, Sampling
+from shared.progress import progress
 
 PATIENCE = 32
 R = TypeVar("R", bound=Answered)
@@ -86,7 +87,7 @@ def ask(
     working = {key for key, record in file.records.items() if record.error is None}
     answered = next((draw for draw in known if draw.key in working), None)
     asker = _Asker(generator, sampling, file, answered, trusted=bool(working))
-    for start in range(0, len(draws), batch_size):
+    for start in progress(range(0, len(draws), batch_size), "answers, in batches"):
         asker.ask(draws[start : start + batch_size])
     asker.finish()
 

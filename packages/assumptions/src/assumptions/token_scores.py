@@ -36,6 +36,7 @@ from shared.errors import UserError
 from shared.generation import Generator, Request, Sampling
 from shared.generation.prompts import prompt_ids
 from shared.generation.text import TextStream
+from shared.progress import progress
 
 _OPEN = re.compile(r"\s{0,8}(?:0(?:\.\d*)?|1(?:\.0*)?)?")
 _CLOSED = re.compile(r"\s*(0(?:\.\d+)?|1(?:\.0+)?)[\s,}]")
@@ -178,7 +179,7 @@ def expected_scores(
         pending = [
             r for r in records if any((r.id, r.sample, r.row, n) not in file.records for n in r.scores)
         ]
-        for start in range(0, len(pending), settings.batch_size):
+        for start in progress(range(0, len(pending), settings.batch_size), "expected scores, in batches"):
             batch = [(by_row[r.id, r.row], r) for r in pending[start : start + settings.batch_size]]
             file.append(_scored(generator, tokenizer, instrument, batch, settings))
         return TokenScores([file.records[key] for key in sorted(wanted)])
