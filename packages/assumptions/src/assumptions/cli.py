@@ -12,6 +12,9 @@ from shared.errors import UserError
 
 # Name of the subcommand -> (module that implements it, one line for the help). Imported when it is asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "data": ("assumptions.corpora.command", "list the public data sets, turn one into a file of messages"),
+    "elicit": ("assumptions.elicit_command", "ask a model what it assumes about the writers of messages"),
+    "words": ("assumptions.words.command", "shares, contrast and clusters of open-ended answers on a page"),
     "monitor": (
         "assumptions.monitor.command",
         "talk with a model on a local page, see what it assumes, steer it",

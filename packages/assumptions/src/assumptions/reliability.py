@@ -31,7 +31,7 @@ _REWRITE = (
 
 
 @dataclass(frozen=True)
-class Condition:
+class Measurement:
     """One way to measure the same chats again."""
 
     name: str
@@ -71,19 +71,19 @@ class FacetReliability:
         ]
 
 
-def retests(chats: Sequence[Chat], settings: ElicitationSettings, times: int = 2) -> list[Condition]:
+def retests(chats: Sequence[Chat], settings: ElicitationSettings, times: int = 2) -> list[Measurement]:
     """The same question under `times` seeds; UserError at temperature 0, where every answer is the same."""
     if settings.temperature == 0:
         raise UserError("a retest at temperature 0 repeats one answer: set a temperature")
     return [
-        Condition(f"seed {settings.seed + i}", chats, replace(settings, seed=settings.seed + i))
+        Measurement(f"seed {settings.seed + i}", chats, replace(settings, seed=settings.seed + i))
         for i in range(times)
     ]
 
 
 def orders(
     chats: Sequence[Chat], instrument: Instrument, settings: ElicitationSettings, times: int = 2
-) -> list[Condition]:
+) -> list[Measurement]:
     """The same question with its dimensions in `times` different orders, the instrument's own first."""
     drawn = [tuple(instrument.dimensions)]
     for attempt in range(100 * times):
@@ -99,18 +99,19 @@ def orders(
         )
     fixed = replace(settings, shuffle_order=False)
     return [
-        Condition(f"order {i}", chats, replace(fixed, order=order)) for i, order in enumerate(drawn, start=1)
+        Measurement(f"order {i}", chats, replace(fixed, order=order))
+        for i, order in enumerate(drawn, start=1)
     ]
 
 
-def paraphrases(versions: Mapping[str, Sequence[Chat]], settings: ElicitationSettings) -> list[Condition]:
+def paraphrases(versions: Mapping[str, Sequence[Chat]], settings: ElicitationSettings) -> list[Measurement]:
     """The same question about other wordings of the messages: versions by name, equal ids in every one."""
     ids = [{chat.id for chat in chats} for chats in versions.values()]
     if len(ids) < 2 or any(one != ids[0] for one in ids):
         raise UserError(
             "paraphrases are at least two versions of the same chats: the ids of all must be equal"
         )
-    return [Condition(name, chats, settings) for name, chats in versions.items()]
+    return [Measurement(name, chats, settings) for name, chats in versions.items()]
 
 
 def paraphrased(
@@ -138,7 +139,7 @@ def reliability(
     generator: Generator,
     instrument: Instrument,
     facet: str,
-    conditions: Sequence[Condition],
+    conditions: Sequence[Measurement],
     folder: Path,
     *,
     model: str,
