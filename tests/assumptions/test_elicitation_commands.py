@@ -48,7 +48,7 @@ def test_elicit_writes_answers_scores_expected_values_and_reliability(elicited, 
 
 
 def test_what_does_not_fit_is_one_line_before_any_work(elicited, tmp_path, capsys):
-    folder, _, command = elicited
+    folder, _, _ = elicited
     data = f"--data {folder}/mine.csv --out {tmp_path}/out --model tinyworld"
     for given, said in (
         (f"elicit {data} --instrument support", "no instrument 'support'"),
