@@ -14,9 +14,9 @@ from assumptions.sources import load_messages
 
 @pytest.fixture(scope="module")
 def elicited(tmp_path_factory):
-    """Six messages of the embedded world from a CSV with other column names; everything the command can do."""
+    """Two messages of the embedded world from a CSV with other column names; everything the command can do."""
     folder = tmp_path_factory.mktemp("elicit")
-    chats = load_messages("tinyworld", 6, seed=8, columns={}).chats
+    chats = load_messages("tinyworld", 2, seed=8, columns={}).chats
     with (folder / "mine.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["key", "prompt", "other"], *([c.id, c.turn, "x"] for c in chats)])
     command = (

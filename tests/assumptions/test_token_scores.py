@@ -148,14 +148,14 @@ class TestWhereNumbersBegin:
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     model = load("tinyworld")
-    messages = load_messages("tinyworld", 24, seed=11, columns={})
+    messages = load_messages("tinyworld", 6, seed=11, columns={})
     settings = ElicitationSettings(guided=False, temperature=1.0, keep_tokens=True, max_tokens=96)
     asked = instrument("tinyworld_nine")
     generator = HFGenerator(model, batch_size=128)
     result = elicit(
         generator, asked, messages.chats, folder / "answers.jsonl", settings, model=model.fingerprint
     )
-    tree = TreeSettings(min_mass=5e-3)
+    tree = TreeSettings(min_mass=0.01)
 
     def again(path="tokens.jsonl", answers=result):
         return expected_scores(
