@@ -107,7 +107,7 @@ def freeze(
             blocks.append(block)
         network = FrozenNetwork(
             blocks=tuple(blocks),
-            final_norm=_norm(architecture.final_norm, blocks[-1].output_BTD, acts["final_norm"]),
+            final_norm=frozen_norm(architecture.final_norm, blocks[-1].output_BTD, acts["final_norm"]),
             unembed_VD=working(architecture.W_U),
             unembed_bias_V=_unembed_bias(model),
             final_BTD=acts["final_norm"],
@@ -134,17 +134,18 @@ def _positions(model: "Model", batch: "TokenBatch") -> Float[Tensor, "B T D"] | 
     return None if table is None else working(table)[batch.position_ids_BT]
 
 
-def _norm(view: "NormView | None", x_BTD: Tensor, y_BTD: Tensor) -> FrozenNorm:
+def frozen_norm(view: "NormView | None", x_BTD: Tensor, y_BTD: Tensor) -> FrozenNorm:
     """Freeze a norm that turned x into y; None is the identity.
 
-    Norms compute in float32 even inside a float64 model, so the scale is read off y / x wherever that agrees with the
-    formula: the rounding then belongs to the coefficient, and sums close to full precision.
+    Norms compute in float32 even inside a float64 model, so there the scale is read off y / x wherever that agrees with
+    the formula: the rounding then belongs to the coefficient, and sums close to full precision.
     """
     if view is None:
         return FrozenNorm.identity(x_BTD)
-    centred = view.kind == "layer"
-    shift_D = optional(view.bias)
+    centred, shift_D = view.kind == "layer", optional(view.bias)
     formula_BTD = working(view.scale(x_BTD)).to(x_BTD.dtype) * working(view.gain)
+    if x_BTD.dtype != torch.float64:
+        return FrozenNorm(formula_BTD, shift_D, centred)
     base_BTD = x_BTD - x_BTD.mean(-1, keepdim=True) if centred else x_BTD
     observed_BTD = (y_BTD if shift_D is None else y_BTD - shift_D) / base_BTD
     agrees_BTD = (observed_BTD - formula_BTD).abs() <= 1e-5 * formula_BTD.abs()
@@ -163,16 +164,16 @@ def _block(model: "Model", observed: Observed, layer: int, rules: Rules) -> Froz
     attn_post, mlp_post = FrozenNorm.identity(input_BTD), FrozenNorm.identity(input_BTD)
     if view.attn_post_norm is not None:
         raw_BTD = affine(acts[at + "heads"], weights.out_DY, weights.out_bias_D)
-        attn_post = _norm(view.attn_post_norm, raw_BTD, attn_BTD)
+        attn_post = frozen_norm(view.attn_post_norm, raw_BTD, attn_BTD)
     if view.mlp_post_norm is not None:
         raw_BTD = affine(acts[at + "neurons"], weights.down_DN, weights.down_bias_D)
-        mlp_post = _norm(view.mlp_post_norm, raw_BTD, acts[at + "mlp_out"])
+        mlp_post = frozen_norm(view.mlp_post_norm, raw_BTD, acts[at + "mlp_out"])
     return FrozenBlock(
         weights=weights,
         attention=_attention(model, observed.batch, view, acts[at + "q"], acts[at + "k"]),
-        attn_norm=_norm(view.attn_norm, input_BTD, acts.get(at + "attn_norm", input_BTD)),
+        attn_norm=frozen_norm(view.attn_norm, input_BTD, acts.get(at + "attn_norm", input_BTD)),
         attn_post=attn_post,
-        mlp_norm=_norm(view.mlp_norm, middle_BTD, acts.get(at + "mlp_norm", middle_BTD)),
+        mlp_norm=frozen_norm(view.mlp_norm, middle_BTD, acts.get(at + "mlp_norm", middle_BTD)),
         mlp_post=mlp_post,
         gate_BTN=gate_BTN,
         up_BTN=up_BTN,
@@ -186,7 +187,8 @@ def _attention(
     model: "Model", batch: "TokenBatch", view: "BlockView", q_BTX: Tensor, k_BTX: Tensor
 ) -> FrozenAttention:
     """Rotate queries and keys as the model does, and say which positions may look at which."""
-    query_BHTd, key_BGTd = _rotated(model, batch, view.layer, q_BTX, k_BTX)
+    heads = (heads_of(model, view.layer, kind, x_BTX) for kind, x_BTX in (("q", q_BTX), ("k", k_BTX)))
+    query_BHTd, key_BGTd = rotated(model, batch, view.layer, *heads)
     # The pattern is what the model computed: sdpa has no soft cap and leaves it out, eager attention (but for GPT-2)
     # takes the softmax in float32 even in a float64 model.
     implementation = model.hf.config._attn_implementation
@@ -202,24 +204,36 @@ def _attention(
     )
 
 
-def _rotated(
-    model: "Model", batch: "TokenBatch", layer: int, q_BTX: Tensor, k_BTX: Tensor
-) -> tuple[Tensor, Tensor]:
-    architecture, hf = model.architecture, model.hf
-    pair = []
-    for x_BTX, path in ((q_BTX, architecture.row.q_norm), (k_BTX, architecture.row.k_norm)):
-        heads = x_BTX.unflatten(-1, (-1, architecture.head_dim))
-        if path is not None:
-            norm = hf.get_submodule(architecture.block_path(layer, path))
-            per_head = norm.weight.numel() == architecture.head_dim
-            heads = norm.forward(heads) if per_head else norm.forward(x_BTX).reshape(heads.shape)
-        pair.append(heads.transpose(1, 2))
-    rotary = getattr(hf.base_model, "rotary_emb", None)
+def heads_of(
+    model: "Model", layer: int, kind: str, x_BTX: Float[Tensor, "B T X"]
+) -> Float[Tensor, "B T H d"]:
+    """Cut projected queries (kind q) or keys (k) into heads, after their norm where the family has one."""
+    architecture = model.architecture
+    heads = x_BTX.unflatten(-1, (-1, architecture.head_dim))
+    path = architecture.row.q_norm if kind == "q" else architecture.row.k_norm
+    if path is None:
+        return heads
+    norm = model.hf.get_submodule(architecture.block_path(layer, path))
+    per_head = norm.weight.numel() == architecture.head_dim
+    return norm.forward(heads) if per_head else norm.forward(x_BTX).reshape(heads.shape)
+
+
+def rotated(
+    model: "Model",
+    batch: "TokenBatch",
+    layer: int,
+    q_BTHd: Float[Tensor, "B T H d"],
+    k_BTGd: Float[Tensor, "B T G d"],
+) -> tuple[Float[Tensor, "B H T d"], Float[Tensor, "B G T d"]]:
+    """Turn queries and keys by their positions with the model's own rotary embedding (unchanged where it has none)."""
+    architecture = model.architecture
+    q_BHTd, k_BGTd = q_BTHd.transpose(1, 2), k_BTGd.transpose(1, 2)
+    rotary = getattr(model.hf.base_model, "rotary_emb", None)
     if rotary is None:
-        return pair[0], pair[1]
-    attention = hf.get_submodule(architecture.block_path(layer, architecture.row.attn))
+        return q_BHTd, k_BGTd
+    attention = model.hf.get_submodule(architecture.block_path(layer, architecture.row.attn))
     types = [attention.layer_type] if hasattr(rotary, "layer_types") else []
-    cos, sin = rotary.forward(q_BTX, batch.position_ids_BT, *types)
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    query, key = rotate(pair[0], pair[1], cos, sin)
-    return query, key
+    cos, sin = rotary.forward(q_BHTd, batch.position_ids_BT, *types)
+    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    query_BHTd, key_BGTd = turn(q_BHTd, k_BGTd, cos, sin)
+    return query_BHTd, key_BGTd
