@@ -1,13 +1,17 @@
 """Padding, order and chunks change nothing; the model is bit-identical afterwards (I5, I9)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from circuits.attribution import attribute
+from circuits.attribution import Settings, attribute, pose
 from circuits.edges import Neurons, direct_effects
-from circuits.layers import FrozenAttention
+from circuits.frozen_attention import FrozenAttention
 from circuits.linearize import LinearizeError
+from circuits.metric import token_logits, top_logits
 from circuits.relp import relp
+from circuits.selfcheck import check
 from shared.architecture import FAMILIES
 from shared.models import ModelConfig, load
 
@@ -89,7 +93,7 @@ def test_gemma2_is_traced_with_its_soft_cap(problem_of):
         problem_of(model, [LONG, SHORT], "left")
 
 
-@pytest.mark.parametrize("estimator", ["relp", "atp", "ig_activations", "random"])
+@pytest.mark.parametrize("estimator", ["relp", "relp_qk_open", "relp_ig", "atp", "conductance", "exact"])
 def test_model_is_bit_identical_after_tracing(llama, problem_of, estimator):
     batch = problem_of(llama).batch
     state = {name: value.clone() for name, value in llama.hf.state_dict().items()}
@@ -101,7 +105,7 @@ def test_model_is_bit_identical_after_tracing(llama, problem_of, estimator):
     )
     with torch.no_grad():
         before = llama(batch)
-    attribute(problem_of(llama), estimator)
+    attribute(problem_of(llama, [SHORT], basis="heads"), estimator, settings=Settings(steps=2))
     with torch.no_grad():
         after = llama(batch)
     assert torch.equal(before, after)
@@ -120,3 +124,85 @@ def test_every_family_is_covered():
     assert set(FAMILIES) == {
         "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "gpt_neox", "gpt2",
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tinyworld():
+    return load("tinyworld")
+
+
+PROMPTS = ["The cats near the old tree", "The key to the boxes"]
+
+
+def test_trained_model_conserves_in_float32(tinyworld):
+    """I1 on real weights at the digest's float32 tolerance, and the self-check says the same of the model at hand."""
+    problem = pose(tinyworld, tinyworld.encode(PROMPTS), lambda logits, at: top_logits(logits, at, 5))
+    assert relp(problem.network, problem.metric).ledger.error() < 1e-4
+    assert check(tinyworld).conservation_error < 1e-4
+
+
+def test_trained_model_scores_alike_in_batch_and_alone(tinyworld, relative):
+    """I9 in float32: 1e-5 of a layer's largest score, padding on either side."""
+    for side in ("left", "right"):
+        batch = tinyworld.encode(PROMPTS, padding_side=side)
+        padded = pose(tinyworld, batch, lambda logits, at: top_logits(logits, at, 1))
+        for row, prompt in enumerate(PROMPTS):
+            single = pose(tinyworld, tinyworld.encode([prompt]), lambda logits, at: top_logits(logits, at, 1))
+            columns = padded.network.real_BT[row].nonzero()[:, 0]
+            got_LTN = attribute(padded)[row, 0][:, columns]
+            for layer, expected_TN in enumerate(attribute(single)[0, 0]):
+                assert relative(got_LTN[layer], expected_TN) < 1e-5
+
+
+def test_threads_change_nothing(llama, problem_of):
+    before = torch.get_num_threads()
+    try:
+        scores = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            scores.append(attribute(problem_of(llama)))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_products_with_patterns_never_need_the_whole_one(llama, problem_of, monkeypatch, window):
+    """Blocks of rows with only the keys they see: the same products, and no array of T x T."""
+    attention = replace(problem_of(llama, [LONG, SHORT]).network.blocks[1].attention, window=window)
+    whole_BHTT = attention.pattern()
+    generator = torch.Generator().manual_seed(0)
+    value_BKTX = torch.randn(2, 3, 8, 2 * 64, dtype=torch.float64, generator=generator)
+    g_BKTY = torch.randn(2, 3, 8, 4 * 64, dtype=torch.float64, generator=generator)
+    sizes, scores = [], FrozenAttention.scores
+
+    def noted(self, rows_Q):
+        first, found = scores(self, rows_Q)
+        sizes.append((len(rows_Q), found.shape[-1]))
+        return first, found
+
+    monkeypatch.setattr(FrozenAttention, "scores", noted)
+    mixed = attention.mix(value_BKTX, torch.arange(2, 5)), attention.mix_transpose(g_BKTY, 2)
+    heads_BKTGd = value_BKTX.unflatten(-1, (2, 64)).repeat_interleave(2, dim=3)
+    expected = torch.einsum("bhqt,bkthd->bkqhd", whole_BHTT, heads_BKTGd).flatten(3)
+    torch.testing.assert_close(mixed[0], expected[:, :, 2:5])
+    back = torch.einsum("bhqt,bkqhd->bkthd", whole_BHTT, g_BKTY.unflatten(-1, (4, 64)))
+    torch.testing.assert_close(mixed[1], back.unflatten(3, (2, 2)).sum(4).flatten(3))
+    widest = 8 if window is None else window + 2
+    assert max(keys for _, keys in sizes) <= widest
+    assert sizes[-4:] == [(2, min(2 + 2 * i, 4 if window else 8)) for i in range(4)]
+
+
+def test_half_precision_models_have_float32_coefficients(problem_of, relative):
+    model = load(ModelConfig("random:llama", dtype="bfloat16"))
+    full = load(ModelConfig("random:llama"))
+    half, single = problem_of(model), problem_of(full)
+    assert half.network.logits_BTV.dtype == torch.float32
+    assert attribute(half).dtype == torch.float32
+    assert relp(half.network, half.metric).ledger.error() < 5e-2
+    same = [[3, 4], [3, 4]]
+    scores = [
+        attribute(pose(each, problem.batch, lambda logits, at: token_logits(logits, at, same)))
+        for each, problem in ((model, half), (full, single))
+    ]
+    assert relative(scores[0], scores[1]) < 0.1  # the forward pass is bfloat16's
