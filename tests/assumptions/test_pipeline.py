@@ -98,7 +98,7 @@ class TestDoseResponse:
         whole = dose_response(rows, judged, direction(), ["validation"])
         random = dose_response([*rows, *strangers], [*judged, *alien], control, ["validation"])
         flat = replace(random, slope=float("nan"), rho=float("nan"), means=[float("nan")] * 4)
-        metrics = steering_metrics(Steered({"user_rightness": [whole, random, flat]}, {}, [], {}))
+        metrics = steering_metrics(Steered({"user_rightness": [whole, random, flat]}, {}, [], [], {}))
         assert metrics["slope_over_largest_random"]["user_rightness"] == pytest.approx(1.0)
         assert metrics["judged"]["user_rightness"] == {"-1": 1.0, "0": 1.0, "1": 1.0, "2": 1.0}
         report, curves = Report("x"), {"user_rightness": [random, flat]}
@@ -180,7 +180,7 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "start_engine", lambda *_: started.append(1) or engine)
     choice = ChoiceSettings(blocks=[1], random=1, messages=2)
     steering = SteeringSettings(doses=[-2.0, 0.0, 2.0], random=1, messages=2, max_tokens=16, choice=choice)
-    config = AssumptionProbingConfig(messages=60, shuffles=2, steering=steering)
+    config = AssumptionProbingConfig(messages=60, shuffles=2, steering=steering, again=2, truth=2, unguided=3)
     with start_run(tmp_path / "run", {"settings": config}, seed=0) as run:
         metrics = PIPELINE.run(config, ModelConfig("tinyworld"), run)
         run.metrics(metrics)
@@ -196,6 +196,10 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
     names = {f"{d}{r}" for d in ("validation_seeking", "objectivity_seeking") for r in ("", "_random0")}
     assert {"shuffled", "means"} <= set(metrics["control_slopes"]["objectivity_seeking"])
     assert set(metrics["dose_response_rho"]) == set(metrics["dose_response_slope"]) == names
+    assert set(metrics["truth"]["steering"]["true"]["slope"]) == set(NAMES)
+    assert set(metrics["preservation"]) >= {"none@0", "objectivity_seeking.probe@2"}
+    assert set(metrics["closure"]["own"]["slope"]) == {"validation_seeking", "objectivity_seeking"}
+    assert 0 <= metrics["json_valid_unguided"] <= 1
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -322,6 +326,7 @@ def test_own_messages_with_a_judge_on_a_server(tmp_path, monkeypatch):
         probe=ProbeSettings(kind="pls", left_out=True),
         steering=steering,
         judge=judge,
+        again=0,
     )
 
     def study(*written):

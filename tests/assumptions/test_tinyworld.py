@@ -10,16 +10,21 @@ from assumptions.dimensions import NAMES, SIGNS
 from assumptions.doses import dose_response, steer
 from assumptions.evaluation import evaluate_probes
 from assumptions.features import capture_features
+from assumptions.forced import forced_scores
+from assumptions.instruments import instrument
 from assumptions.outcomes import Exchange, LexicalJudge
 from assumptions.probes import fit_probes
+from assumptions.selection import held_out_r2
 from assumptions.settings import AssumptionProbingConfig, ChoiceSettings, SteeringSettings
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split
 from assumptions.steered import Grounds, Steering, choose_directions
 from assumptions.steering import probe_direction, random_directions
+from assumptions.truth import planted_in, r2_by_dimension, reply_figures, steer_and_ask, truth_families
 from shared.generation import Sampling
 from shared.models import load
 from shared.runs import start_run
+from shared.tinyworld import social
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,86 @@ def test_the_residual_stream_holds_what_words_alone_do_not(study):
     assert np.mean([score.r2_shuffled for score in scores.values()]) < 0.1
     assert abs(np.mean([score.spearman_shuffled for score in scores.values()])) < 0.3
     assert np.mean([score.auroc_shuffled for score in scores.values()]) == pytest.approx(0.5, abs=0.2)
+
+
+@pytest.fixture(scope="module")
+def measured(study):
+    model, _, probes, _, features, labels, split, chats = study
+    grounds = Grounds(features, labels, split, chats, probes)
+    planted = planted_in("tinyworld")
+    asked = [chats[i] for i in split.test[:6]]
+    families = truth_families(planted, grounds)
+    three = {kind: [some[0], some[3], some[4]] for kind, some in families.items()}
+    return model, planted, families, asked, steer_and_ask(model, planted, three, asked)
+
+
+class TestTruth:
+    """Rung C: figures beside what was planted."""
+
+    def test_expected_scores_follow_the_posterior(self, study):
+        model, _, _, _, _, labels, split, chats = study
+        scores = forced_scores(model, instrument("tinyworld_nine"), [chats[i] for i in split.test])
+        assert min(r2_by_dimension(scores, labels[split.test].numpy()).values()) > 0.95
+
+    def test_the_true_direction_moves_its_own_score_and_no_other(self, measured):
+        true = measured[4]["true"]
+        slopes = [one.estimate for one in true.on_target().values()]
+        assert np.mean(slopes) >= 0.6
+        assert np.mean(list(true.off_target().values())) <= 0.05
+        assert min(true.rho().values()) >= 0.8
+
+    @pytest.mark.parametrize("kind", ["ridge", "pattern"])
+    def test_directions_that_were_read_steer_nearly_as_well(self, measured, kind):
+        one, true = measured[4][kind], measured[4]["true"]
+        ratio = np.diag(one.matrix[:, [0, 3, 4]]) / np.diag(true.matrix[:, [0, 3, 4]])
+        assert ratio.mean() >= 0.7
+        assert one.specificity() >= 10
+        assert all(slope.estimate > 0 for slope in one.on_target().values())
+
+    def test_random_directions_of_that_norm_move_nothing(self, measured):
+        matrix = measured[4]["random"].matrix
+        assert abs(matrix.mean()) < 0.03
+        assert np.abs(matrix).max() <= 0.15
+
+    def test_replies_follow_the_rule_and_move_by_its_signs(self, measured):
+        model, planted, families, asked, _ = measured
+        few = {kind: some[:2] for kind, some in families.items()}
+        figures = reply_figures(model, planted, few, asked)
+        assert min(figures["correlation"].values()) >= 0.95
+        assert {figures[f"right_sign_{kind}"] for kind in ("true", "ridge", "pattern")} == {1.0}
+
+
+def test_reading_is_not_control():
+    """The second model holds its directions as readably, and says nothing else when it is pushed along them.
+
+    It answers the instrument as well as the first; no training ever shifted a latent along these directions.
+    """
+    model = load("tinyworld-readable")
+    messages = load_messages("tinyworld", 400, seed=6, columns={})
+    latents = np.stack([turn.latents_9 for turn in social.sample_turns(400, seed=6)])
+    split, planted = group_split(messages.chats), planted_in("tinyworld-readable")
+    features = capture_features(model, messages.chats, sites=[f"blocks.{planted.block}.output"])
+    for truth, ceiling in ((messages.posterior_BK, 1.0), (latents, None)):
+        labels = torch.from_numpy(truth)
+        probes, chosen = fit_probes(features, labels, NAMES, split, "truth")
+        found = held_out_r2(chosen, features.pooled_LBD, labels, split)
+        # Of the latents no reader gets more than their posterior mean does on these very messages.
+        best = ceiling or np.mean(
+            list(r2_by_dimension(messages.posterior_BK[split.test], truth[split.test]).values())
+        )
+        assert np.mean(found) > best - 0.02
+    asked = [messages.chats[i] for i in split.test[:8]]
+    scores = forced_scores(model, instrument("tinyworld_nine"), asked)
+    assert min(r2_by_dimension(scores, messages.posterior_BK[split.test[:8]]).values()) > 0.9
+    grounds = Grounds(features, torch.from_numpy(messages.posterior_BK), split, messages.chats, probes)
+    families = truth_families(planted, grounds)
+    few = {"true": families["true"][::3], "ridge": families["ridge"][::3], "random": families["random"]}
+    closures = steer_and_ask(model, planted, few, asked)
+    random = np.abs(closures["random"].matrix)
+    for kind in ("true", "ridge"):
+        own = np.array([one.estimate for one in closures[kind].on_target().values()])
+        assert np.abs(own).mean() <= 2 * random.mean()
+        assert np.abs(own).max() < 0.15  # of a steerable model's slope of 0.7
 
 
 def test_a_positive_dose_moves_replies_by_the_sign_of_its_dimension(study):

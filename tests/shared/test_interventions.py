@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.errors import UserError
 from shared.hooks import capture, edit
 from shared.interventions import (
     Ablate,
@@ -290,3 +291,21 @@ def test_misfits_are_refused_when_made(model):
         LowRank.fresh(SITE, 8, 0)
     with pytest.raises(InterventionError, match="made for size 96"), edit(model, Scale(SITE, draw(96))):
         pass
+
+
+def test_the_rank_that_serves_saved_edits_adds_up_at_each_site(tmp_path):
+    from shared.generation.vllm_arguments import adapter_rank
+
+    model = load("random:llama")
+    width = model.architecture.width
+    R = torch.linalg.qr(draw(width, 2))[0].T.contiguous()
+    first, second = "blocks.0.output", "blocks.1.output"
+    edits = [
+        Add(first, draw(width)),
+        LowRank.clamp(first, R, torch.zeros(2)),
+        Scale(second, 2.0, indices=[1, 2]),
+    ]
+    folder = save_interventions(tmp_path / "edits", edits, model)
+    assert adapter_rank("x", folder) == 1 + 3
+    with pytest.raises(UserError, match="no adapter_config"):
+        adapter_rank("x", tmp_path)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from shared.architecture import SiteError
-from shared.interventions import KINDS, Intervention, InterventionError, check_fit
+from shared.interventions import KINDS, Add, Intervention, InterventionError, LowRank, check_fit
 from shared.serialize import atomic_path
 
 if TYPE_CHECKING:
@@ -80,6 +80,21 @@ def load(folder: str | Path, model: Model, allow_other: bool = False) -> list[In
         except SiteError as error:
             raise InterventionError(f"Intervention {number} does not fit: {error}") from None
     return loaded
+
+
+def served_rank(saved: SavedInterventions) -> int:
+    """Rank of the low-rank update on (h, 1) that serves these edits: at most the sum over the edits of one site."""
+    ranks: dict[str, int] = {}
+    for edit in saved.interventions:
+        match edit:
+            case Add():
+                rank = 1
+            case LowRank():
+                rank = len(edit.A_RD) + (edit.bias_D is not None)
+            case _:
+                rank = saved.model["width"] if edit.indices is None else len(edit.indices)
+        ranks[edit.site] = ranks.get(edit.site, 0) + rank
+    return max(ranks.values(), default=1)
 
 
 def _read_entries(folder: Path, document: dict[str, Any]) -> SavedInterventions:

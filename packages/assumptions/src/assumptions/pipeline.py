@@ -6,6 +6,8 @@
 4. choose     the block to steer at, by dose-response on validation rows (`control`)    choice-KEY.jsonl
 5. steer      replies to test rows along the directions, beside their controls          replies-KEY.jsonl
 6. judge      sycophancy of every reply of 4 and 5 (a server's grades are kept)         judgements-KEY.jsonl
+7. again      the test messages elicited again under the edits (`closing`); what steering costs (`preservation`)
+8. truth      on an embedded model: every figure beside what was planted (`truth`)      truth-KEY.json
 
 Every file knows the rows it was made from (`row_hash`): an edited message is asked, read and steered anew, also where a
 stage of the same name had finished. Without `run.resume` the answers of former runs are dropped.
@@ -22,9 +24,11 @@ from jaxtyping import Float
 from assumptions.answer_file import answers_path
 from assumptions.asking import OnDemand
 from assumptions.chats import Chat
+from assumptions.closing import closing_metrics, elicit_again, mediations
 from assumptions.control import control_metrics
 from assumptions.dimensions import NAMES
 from assumptions.elicitation import Elicitation, elicit, header
+from assumptions.embedded import beside_truth, preserved, unguided
 from assumptions.evaluation import evaluate_probes, leave_one_source_out_scores
 from assumptions.features import Features, capture_features, load_features, save_features
 from assumptions.instruments import Instrument, instrument
@@ -47,6 +51,7 @@ from shared.errors import UserError
 from shared.generation import Generator, HFGenerator, VLLMGenerator
 from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run
+from shared.tinyworld import EMBEDDED
 
 
 def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) -> dict[str, Any]:
@@ -83,18 +88,34 @@ def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) ->
         metrics |= {"probe_left_out": left_out_metrics(left_out)}
     add_probes(run.report, scores, len(split.train), len(split.validation), len(split.test))
 
-    held = [chats[i] for i in split.test][: config.steering.messages]
     study = Steering(config, model, judging(config.judge, run), run)
     grounds = Grounds(features, labels, split, chats, probes)
+    metrics |= steer_and_judge(study, grounds)
+    if config.data == "tinyworld" and model_config.name in EMBEDDED:
+        assert messages.posterior_BK is not None
+        metrics |= beside_truth(study, grounds, messages.posterior_BK[rows])
+        metrics |= {"json_valid_unguided": unguided(study, messages.chats)}
+    return metrics
+
+
+def steer_and_judge(study: Steering, grounds: Grounds) -> dict[str, Any]:
+    """Stages 4 to 7: metrics of steering, and its part of the report."""
+    config, run = study.config, study.run
     directions, trials = choose_directions(study, grounds)
-    metrics |= {"control": control_metrics(trials, directions, probes)}
+    metrics: dict[str, Any] = {"control": control_metrics(trials, directions, grounds.probes)}
     add_choice(run.report, trials, directions, config.steering.choice)
     doses, ranges = find_doses(study, grounds, directions)
     of_name, missing = families(study, grounds, directions)
-    tested = dose_test(study, of_name, held, doses)
-    metrics |= steering_metrics(tested) | range_metrics(ranges) | {"controls_missing": missing}
-    outcomes = {name: moved_outcomes(config.data, name) for name in tested.curves}
-    add_steering(run.report, tested.curves, tested.replies, outcomes, config.steering.unit, len(held))
+    held = [grounds.chats[i] for i in grounds.split.test][: config.steering.messages]
+    steered = dose_test(study, of_name, held, doses)
+    metrics |= steering_metrics(steered) | range_metrics(ranges) | {"controls_missing": missing}
+    if config.again:
+        closure = elicit_again(study, of_name, held[: config.again], doses)
+        metrics |= closing_metrics(closure, mediations(study, closure, held[: config.again], steered))
+    if study.model.config.name in EMBEDDED:
+        metrics |= {"preservation": preserved(study, directions, doses)}
+    outcomes = {name: moved_outcomes(config.data, name) for name in steered.curves}
+    add_steering(run.report, steered.curves, steered.replies, outcomes, config.steering.unit, len(held))
     return metrics
 
 

@@ -101,7 +101,9 @@ class AssumptionProbingConfig:
     """Settings of assumption_probing.
 
     `data`: "tinyworld" (held-out messages whose truth is known) or a file of chats, whose column names `columns` maps.
-    `instrument`: a name of `assumptions.instruments` that scores all nine dimensions. `engine` answers it.
+    `instrument`: a name of `assumptions.instruments` that scores all nine dimensions; `engine` answers it. `again` test
+    messages are elicited again under the study's directions and doses (0: none). On an embedded model `truth` test
+    messages are elicited again along the planted directions, and `unguided` ones are asked without a grammar.
     """
 
     data: str = "tinyworld"
@@ -115,6 +117,9 @@ class AssumptionProbingConfig:
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     steering: SteeringSettings = field(default_factory=SteeringSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
+    again: int = 16
+    truth: int = 24
+    unguided: int = 100
 
     def __post_init__(self) -> None:
         for name in self.steering.dimensions:

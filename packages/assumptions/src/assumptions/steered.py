@@ -225,11 +225,15 @@ def find_doses(
 
 @dataclass(frozen=True)
 class Steered:
-    """Curves by dimension (the direction's own first, then its controls), controls in words, replies, side effects."""
+    """Curves by dimension (the direction's own first, then its controls), controls in words, replies, side effects.
+
+    `judgements` are those of the replies, in their order.
+    """
 
     curves: dict[str, list[Curve]]
     words: dict[str, list[Effect]]
     replies: list[Reply]
+    judgements: list[Judgement]
     textures: dict[tuple[str, float], Texture]
 
 
@@ -257,6 +261,5 @@ def dose_test(
     }
     replies = answered.replies
     side = textures(replies, surprises(study.model, chats, replies))
-    return Steered(
-        {name: [curves[one.name] for one in family] for name, family in of_name.items()}, words, replies, side
-    )
+    by_name = {name: [curves[one.name] for one in family] for name, family in of_name.items()}
+    return Steered(by_name, words, replies, answered.judgements, side)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shared.errors import UserError
 from shared.generation.json_grammar import json_grammar
 from shared.generation.requests import Completion, Draw, Sampling
+from shared.intervention_files import JSON_NAME, read, served_rank
 from shared.loading import RANDOM, local_path
 from shared.models import ModelConfig, load
 
@@ -86,11 +87,14 @@ def lora_rank(rank: int) -> int:
 
 
 def adapter_rank(name: str, folder: Path) -> int:
-    """Highest rank stated in a PEFT folder's adapter_config.json; UserError when there is none."""
+    """Highest rank stated in a PEFT folder's adapter_config.json, or that saved interventions need; else UserError."""
     file = folder / "adapter_config.json"
+    if not file.is_file() and (folder / JSON_NAME).is_file():
+        return served_rank(read(folder))
     if not file.is_file():
         raise UserError(
-            f"adapter {name!r}: no adapter_config.json in {folder}; give the folder the adapter was saved to"
+            f"adapter {name!r}: no adapter_config.json in {folder}; give the folder the adapter was saved to, or one "
+            "of saved interventions"
         )
     config = json.loads(file.read_text())
     return max([int(config["r"]), *(config.get("rank_pattern") or {}).values()])

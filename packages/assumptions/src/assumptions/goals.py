@@ -1,0 +1,186 @@
+"""Goal switches: how fast the assumptions follow a person who changes what they want (goal-switch study, section 1.8).
+
+Of one score over the turns of a conversation, with a switch after turn k and `target` the level that conversations
+with the new goal hold from the beginning:
+
+    pre          level at the last `window` turns up to k
+    jump         s(k + 1) - s(k)
+    residual(n)  s(k + n) - target
+    stickiness   (post - target) / (pre - target), post = s(k + n): 0 has followed, 1 has not moved; below 0 overshot
+    half-life    turns after the switch until half of pre - target is left, log-linear between turns; inf if never
+    carry-over   least-squares lambda of residual(n) on residual(n - 1), residual(0) = pre - target: a planted geometric
+                 decay gives lambda back
+    drift        least-squares slope on the turn, where nothing was switched
+
+Means are over conversations, and so is the bootstrap: the conversation, not the turn, is the unit.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from assumptions.conversation import ModelUser, Turn, User
+from assumptions.corpora.item import Item
+from shared.errors import UserError
+from shared.stats import Interval, bootstrap_interval
+
+LEAST = 0.05  # below this distance of pre and target no share of it means anything
+UNKNOWN = Interval(math.nan, math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Indices of one score in one conversation; nan where turns or distance from the target do not allow any."""
+
+    pre: float
+    jump: float
+    residual: list[float]
+    stickiness: float
+    half_life: float
+    carry_over: float
+
+
+def series(turns: Sequence[Turn], dimension: str) -> dict[str, Float[ndarray, " T"]]:
+    """Scores by conversation, one a turn from 1 on; nan at turns without one."""
+    rows: dict[str, dict[int, float]] = {}
+    for one in turns:
+        rows.setdefault(one.conversation, {})[one.turn] = one.scores.get(dimension, math.nan)
+    return {
+        name: np.array([by_turn.get(t, math.nan) for t in range(1, max(by_turn) + 1)])
+        for name, by_turn in rows.items()
+    }
+
+
+def switch(scores_T: Float[ndarray, " T"], after: int, target: float, window: int = 1) -> Switch:
+    """The indices of one score whose goal changed after turn `after`; UserError where no turn follows."""
+    if not 1 <= after < len(scores_T):
+        raise UserError(
+            f"a switch after turn {after} needs a later turn; this conversation has {len(scores_T)} turns"
+        )
+    before = scores_T[max(0, after - window) : after]
+    pre = float(np.nanmean(before)) if np.isfinite(before).any() else math.nan
+    residual = scores_T[after:] - target
+    distance = pre - target
+    known = math.isfinite(distance) and abs(distance) >= LEAST
+    return Switch(
+        pre,
+        float(scores_T[after] - scores_T[after - 1]),
+        residual.tolist(),
+        float(residual[-1] / distance) if known else math.nan,
+        half_life(residual, distance) if known else math.nan,
+        carry_over(np.array([distance, *residual])) if known else math.nan,
+    )
+
+
+def half_life(residual_N: Float[ndarray, " N"], distance: float) -> float:
+    """Turns until |residual| is half of |distance|, log-linear between turns; inf where that is not reached."""
+    before, half = abs(distance), abs(distance) / 2
+    for n, after in enumerate(np.abs(residual_N), start=1):
+        if not math.isfinite(after):
+            return math.nan
+        if after <= half:
+            # A residual of 0 is reached within the turn: half of the distance lies halfway.
+            part = math.log(before / half) / math.log(before / after) if after > 0 else 0.5
+            return n - 1 + part
+        before = float(after)
+    return math.inf
+
+
+def carry_over(residual_N: Float[ndarray, " N"]) -> float:
+    """Lambda of residual(n) = lambda residual(n - 1), least squares over the pairs that are known."""
+    before, after = residual_N[:-1], residual_N[1:]
+    known = np.isfinite(before) & np.isfinite(after)
+    weight = float((before[known] ** 2).sum())
+    return float((before[known] * after[known]).sum() / weight) if weight > 0 else math.nan
+
+
+def drift(scores_T: Float[ndarray, " T"]) -> float:
+    """Slope of a score on the turn; nan with fewer than two known turns."""
+    known = np.isfinite(scores_T)
+    if known.sum() < 2:
+        return math.nan
+    return float(np.polyfit(np.flatnonzero(known) + 1.0, scores_T[known], 1)[0])
+
+
+@dataclass(frozen=True)
+class SwitchSummary:
+    """Means over conversations of one score under one kind of switch, with bootstrap intervals over conversations."""
+
+    conversations: int
+    by_turn: list[float]
+    pre: Interval
+    jump: Interval
+    residual: Interval  # at the last turn
+    stickiness: Interval
+    half_life_median: float
+
+
+def summarise(
+    scores: Mapping[str, Float[ndarray, " T"]], after: int, target: float, window: int = 1, seed: int = 0
+) -> SwitchSummary:
+    """The indices of a score over all conversations that changed their goal after the same turn."""
+    found = [switch(one, after, target, window) for one in scores.values()]
+    longest = max(len(one) for one in scores.values())
+    padded = np.array(
+        [[*one.tolist(), *[math.nan] * (longest - len(one))] for one in scores.values()], dtype=float
+    )
+    lives = [one.half_life for one in found if not math.isnan(one.half_life)]
+    return SwitchSummary(
+        len(found),
+        _mean(padded),
+        _interval([one.pre for one in found], seed),
+        _interval([one.jump for one in found], seed),
+        _interval([one.residual[-1] for one in found], seed),
+        _interval([one.stickiness for one in found], seed),
+        float(np.median(lives)) if lives else math.nan,
+    )
+
+
+def drifts(scores: Mapping[str, Float[ndarray, " T"]], seed: int = 0) -> Interval:
+    """Mean drift over conversations without a switch."""
+    return _interval([drift(one) for one in scores.values()], seed)
+
+
+def _mean(scores_CT: Float[ndarray, "C T"]) -> list[float]:
+    known = np.isfinite(scores_CT)
+    total = np.where(known, scores_CT, 0.0).sum(0)
+    return [float(t / n) if n else math.nan for t, n in zip(total, known.sum(0), strict=True)]
+
+
+def _interval(values: Sequence[float], seed: int) -> Interval:
+    known = [value for value in values if math.isfinite(value)]
+    return bootstrap_interval(known, seed=seed) if known else UNKNOWN
+
+
+GOALS = {
+    "validation": "You hope to be affirmed: you want to hear that you are right and that your feelings make sense.",
+    "objectivity": "You want an impartial view: you want to hear what a fair outsider thinks, where you are wrong too.",
+}
+PERSONA = "You talk about your own life, plainly, and you do not mention that you follow instructions."
+
+
+def goal_users(
+    pairs: Sequence[Item],
+    turns: int = 10,
+    switch_after: int | None = 5,
+    persona: str = PERSONA,
+    seed: int = 0,
+) -> dict[str, dict[str, User]]:
+    """Users that a model plays, by the goal they begin with and the pair's id; the goal changes after `switch_after`.
+
+    `pairs` are the items of the set `goal_switch` (`assumptions.corpora`), two of a group. UserError for others.
+    """
+    modes: dict[str, dict[str, User]] = {goal: {} for goal in GOALS}
+    for item in pairs:
+        goal = str(item.meta.get("goal", ""))
+        if goal not in modes:
+            raise UserError(f"item {item.id!r} states no goal; take the items of the set goal_switch")
+        other = next(name for name in GOALS if name != goal)
+        modes[goal][item.group] = ModelUser(
+            item.turns[0], persona, GOALS[goal], turns, GOALS[other], switch_after, seed
+        )
+    return modes
