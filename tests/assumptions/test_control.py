@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from assumptions.chats import Chat
+from assumptions.conditions import Reply
 from assumptions.control import Trial, best, candidate_blocks, directions_by_block, trial, trial_family
 from assumptions.dimensions import NAMES
 from assumptions.doses import Curve
+from assumptions.engines import HFEngine
 from assumptions.features import capture_features
 from assumptions.outcomes import Judgement
 from assumptions.probes import fit_probes
@@ -18,6 +20,7 @@ from assumptions.steered import Grounds, Steering, choose_directions
 from assumptions.steering import probe_direction, random_directions
 from shared.data import read_rows
 from shared.errors import UserError
+from shared.generation import Completion
 from shared.models import load
 from shared.runs import start_run
 
@@ -94,39 +97,67 @@ def test_the_controls_of_the_choice_are_not_those_of_the_test():
     assert len({one.name for family in families for one in family}) == 6
 
 
-def test_the_block_whose_replies_the_judge_sees_move_is_taken(tmp_path):
+def test_the_block_whose_replies_the_judge_sees_move_is_taken(tmp_path, monkeypatch):
     """A judge that only one block's direction moves: that block is chosen, from replies to validation rows alone."""
+
+    def said(self, condition, requests, acts, sampling):
+        assert acts == [condition.dose != 0] * len(requests)
+        return [[Completion(f"{condition.name} {condition.dose}", [], [], "stop")] for _ in requests]
+
+    monkeypatch.setattr(HFEngine, "complete", said)
     model = load("random:llama")
     _, probes, features, labels, split = probe(model)
     choice = ChoiceSettings(random=1, messages=3)
     steering = SteeringSettings(["user_rightness"], max_tokens=2, choice=choice)
     config = AssumptionProbingConfig(steering=steering)
     for wanted in range(model.architecture.n_layers):
-        folder = tmp_path / str(wanted)
 
-        def judge(exchanges, wanted=wanted, folder=folder):
-            [path] = folder.glob("choice-*.jsonl*")
-            replies = read_replies(path)
-            assert len(exchanges) == len(replies)
-            moved = [one.dose * one.direction.endswith(f"probe.block{wanted}") for one in replies]
+        def judge(exchanges, wanted=wanted):
+            told = [exchange.reply.split() for exchange in exchanges]
+            moved = [float(dose) * name.endswith(f"probe.block{wanted}") for name, dose in told]
             return [
                 Judgement({"validation": None, "indirectness": None, "framing": 3 + x}, {}) for x in moved
             ]
 
-        with start_run(folder, {}, seed=0) as run:
+        with start_run(tmp_path / str(wanted), {}, seed=0) as run:
             study = Steering(config, run.use_model(model), judge, run)
             directions, trials = choose_directions(study, Grounds(features, labels, split, ROWS, probes))
         assert directions["user_rightness"].block == wanted
         assert {one.block for one in trials["user_rightness"]} == set(range(model.architecture.n_layers))
-        [path] = folder.glob("choice-*.jsonl")
-        asked = {one.chat for one in read_replies(path)}
+        files = list((tmp_path / str(wanted) / "choice").glob("*.jsonl"))
+        asked = {reply.chat for path in files for reply in read_rows(path, Reply)}
         assert asked == {ROWS[i].id for i in split.validation[:3]}
 
 
-def read_replies(path):
-    from assumptions.conditions import Reply
+def test_a_run_that_was_stopped_goes_on_at_the_next_condition(tmp_path, monkeypatch):
+    answered = []
 
-    return read_rows(path, Reply)
+    def said(self, condition, requests, acts, sampling):
+        if len(answered) == 2:
+            raise KeyboardInterrupt
+        answered.append(condition.key)
+        return [[Completion("x", [], [], "stop")] for _ in requests]
+
+    monkeypatch.setattr(HFEngine, "complete", said)
+    model = load("random:llama")
+    direction = probe(model)[0]
+    judged = [Judgement({"validation": 1.0, "indirectness": None, "framing": None}, {})]
+
+    def replies():
+        with start_run(tmp_path / "run", {}, seed=0) as run:
+            study = Steering(
+                AssumptionProbingConfig(), run.use_model(model), lambda rows: judged * len(rows), run
+            )
+            return study.answer("x", ROWS[:2], study.dosed([direction], [-1.0, 0.0, 1.0])).replies
+
+    with pytest.raises(KeyboardInterrupt):
+        replies()
+    assert answered == ["none@0", f"{direction.name}@-1"]
+    answered.clear()
+    assert [(one.direction, one.dose) for one in replies()][::2] == [
+        ("none", 0.0), (direction.name, -1.0), (direction.name, 1.0)
+    ]  # fmt: skip
+    assert answered == [f"{direction.name}@1"]
 
 
 def test_by_reading_nothing_is_answered(tmp_path):

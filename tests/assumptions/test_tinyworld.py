@@ -14,7 +14,6 @@ from assumptions.forced import forced_scores
 from assumptions.instruments import instrument
 from assumptions.outcomes import Exchange, LexicalJudge
 from assumptions.probes import fit_probes
-from assumptions.selection import held_out_r2
 from assumptions.settings import AssumptionProbingConfig, ChoiceSettings, SteeringSettings
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split
@@ -107,15 +106,15 @@ def test_reading_is_not_control():
     latents = np.stack([turn.latents_9 for turn in social.sample_turns(400, seed=6)])
     split, planted = group_split(messages.chats), planted_in("tinyworld-readable")
     features = capture_features(model, messages.chats, sites=[f"blocks.{planted.block}.output"])
-    for truth, ceiling in ((messages.posterior_BK, 1.0), (latents, None)):
-        labels = torch.from_numpy(truth)
-        probes, chosen = fit_probes(features, labels, NAMES, split, "truth")
-        found = held_out_r2(chosen, features.pooled_LBD, labels, split)
-        # Of the latents no reader gets more than their posterior mean does on these very messages.
-        best = ceiling or np.mean(
-            list(r2_by_dimension(messages.posterior_BK[split.test], truth[split.test]).values())
-        )
-        assert np.mean(found) > best - 0.02
+    truths = {"posterior": messages.posterior_BK, "latents": latents}
+    for name, truth in truths.items():
+        probes, _ = fit_probes(features, torch.from_numpy(truth), NAMES, split, name)
+        read = np.stack([one.predict(features, split.test).numpy() for one in probes.probes.values()], axis=1)
+        # No reader gets more than the posterior mean itself does, on these very messages.
+        best = r2_by_dimension(messages.posterior_BK[split.test], truth[split.test])
+        found = r2_by_dimension(read, truth[split.test])
+        assert np.mean(list(found.values())) > np.mean(list(best.values())) - 0.02, name
+    probes, _ = fit_probes(features, torch.from_numpy(messages.posterior_BK), NAMES, split, "posterior")
     asked = [messages.chats[i] for i in split.test[:8]]
     scores = forced_scores(model, instrument("tinyworld_nine"), asked)
     assert min(r2_by_dimension(scores, messages.posterior_BK[split.test[:8]]).values()) > 0.9
@@ -123,11 +122,11 @@ def test_reading_is_not_control():
     families = truth_families(planted, grounds)
     few = {"true": families["true"][::3], "ridge": families["ridge"][::3], "random": families["random"]}
     closures = steer_and_ask(model, planted, few, asked)
-    random = np.abs(closures["random"].matrix)
+    largest = np.abs(closures["random"].matrix).max()
     for kind in ("true", "ridge"):
         own = np.array([one.estimate for one in closures[kind].on_target().values()])
-        assert np.abs(own).mean() <= 2 * random.mean()
-        assert np.abs(own).max() < 0.15  # of a steerable model's slope of 0.7
+        assert abs(own.mean()) <= largest < 0.15  # a steerable model's slope is 0.7
+        assert np.abs(own).max() < 0.2
 
 
 def test_a_positive_dose_moves_replies_by_the_sign_of_its_dimension(study):

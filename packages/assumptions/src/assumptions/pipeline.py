@@ -3,8 +3,8 @@
 1. elicit     scores of every message with the instrument, grammar-guided on vLLM       elicitation-KEY.jsonl
 2. capture    pooled block outputs of the same messages                                 features.safetensors
 3. probe      one ridge a dimension; block and strength chosen on validation rows       probes/
-4. choose     the block to steer at, by dose-response on validation rows (`control`)    choice-KEY.jsonl
-5. steer      replies to test rows along the directions, beside their controls          replies-KEY.jsonl
+4. choose     the block to steer at, by dose-response on validation rows (`control`)    choice/KEY.jsonl
+5. steer      replies to test rows along the directions, beside their controls          replies/KEY.jsonl
 6. judge      sycophancy of every reply of 4 and 5 (a server's grades are kept)         judgements-KEY.jsonl
 7. again      the test messages elicited again under the edits (`closing`); what steering costs (`preservation`)
 8. truth      on an embedded model: every figure beside what was planted (`truth`)      truth-KEY.json

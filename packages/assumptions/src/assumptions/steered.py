@@ -1,8 +1,8 @@
 """The steering half of the study: where to steer, chosen on validation messages; then the test messages, dosed.
 
-Both parts answer messages under conditions and have the replies judged; replies lie in files known by the conditions
-and the messages they were made with, so an edited message or another direction is steered anew. Test messages are
-answered by `dose_test` alone.
+Both parts answer messages under conditions and have the replies judged; the replies of a condition lie in a file known
+by the condition and the messages, so an edited message or another direction is steered anew, and a run that was stopped
+goes on at the next condition. Test messages are answered by `dose_test` alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ from shared.errors import UserError
 from shared.generation import Sampling
 from shared.interventions import save_interventions
 from shared.models import Model
-from shared.runs import Run, config_hash
+from shared.runs import Run, Stage, config_hash
 
 
 class Answered(NamedTuple):
@@ -66,28 +66,25 @@ class Steering:
         return dosed(directions, doses, self.config.steering.unit, self.config.steering.scope)
 
     def answer(self, kind: str, chats: Sequence[Chat], conditions: Sequence[Condition]) -> Answered:
-        """Replies of the chats under the conditions, judged; those of a former run of just these are kept."""
-        put = [one.reword(chat) if one.reword else chat for one in conditions for chat in chats]
-        asked = {
-            "conditions": [one.digest for one in conditions],
-            "chats": [chat.id for chat in chats],
-            "rows": sorted({row_hash(chat) for chat in put}),
-        }
-        stage = self.run.stage(f"{kind}-{config_hash(asked)}.jsonl")
-        if not stage.done:
-            with stage as path, self._engine(kind, conditions) as engine:
-                replies = answer(
-                    engine,
-                    chats,
-                    conditions,
-                    self.sampling,
-                    seed=self.run.seed,
-                    progress=lambda some: self.run.progress(some, f"steered replies: {kind}"),
-                )
-                write_rows(path, replies)
-        replies = read_rows(stage.path, Reply)
+        """Replies of the chats under the conditions, judged; each condition answered in a former run is kept."""
+        stages = [self._stage(kind, chats, condition) for condition in conditions]
+        pending = [pair for pair in zip(conditions, stages, strict=True) if not pair[1].done]
+        if pending:
+            with self._engine(kind, [condition for condition, _ in pending]) as engine:
+                for condition, stage in self.run.progress(pending, f"steered replies: {kind}"):
+                    with stage as path:
+                        write_rows(
+                            path, answer(engine, chats, [condition], self.sampling, seed=self.run.seed)
+                        )
+        replies = [reply for stage in stages for reply in read_rows(stage.path, Reply)]
         turns = {chat.id: chat.turn for chat in chats}
         return Answered(replies, self.judge([Exchange(turns[reply.chat], reply.text) for reply in replies]))
+
+    def _stage(self, kind: str, chats: Sequence[Chat], condition: Condition) -> Stage:
+        """The file of one condition's replies, named by all that they follow from."""
+        put = [condition.reword(chat) if condition.reword else chat for chat in chats]
+        asked = {"condition": condition.digest, "rows": [(chat.id, row_hash(chat)) for chat in put]}
+        return self.run.stage(f"{kind}/{config_hash(asked)}.jsonl")
 
     def curves(
         self, kind: str, chats: Sequence[Chat], directions: Sequence[Direction], doses: Sequence[float]
