@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from circuits import pipeline_stages
+from circuits import pipeline_concepts, pipeline_stages
 from circuits.graph import load_graph
 from circuits.pipeline import PIPELINE, CircuitTracingConfig
+from circuits.supernodes import read_supernodes
 from circuits.tasks import TaskError
 from shared.models import ModelConfig, load
 from shared.runs import start_run
@@ -83,6 +84,40 @@ def test_pipeline_on_a_file_of_pairs_writes_what_it_says(pairs, tmp_path, monkey
     }
     assert (folder / "index.html").exists()
     assert f"{folder.name}/index.html" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_concepts_on_a_file_of_pairs(pairs, tmp_path, monkeypatch):
+    limits = {"max_nodes": 20, "max_edges": 40, "ablate": 5, "sizes": [5], "estimators": ["relp"]}
+    config = CircuitTracingConfig(
+        tasks=[str(pairs)],
+        train_pairs=10,
+        test_pairs=6,
+        supernodes=[2, 3],
+        hypotheses=50,
+        steer=[0.0],
+        **limits,
+    )
+    metrics = run_in(tmp_path / "run", config)
+    for work in ("profile", "score_hypotheses"):
+        monkeypatch.setattr(pipeline_concepts, work, lambda *args, **options: pytest.fail("was done before"))
+    assert run_in(tmp_path / "run", config) == metrics  # from the files of the first
+    (folder,) = (tmp_path / "run").glob("graph_letters-*")
+    content = read_supernodes(folder / "supernodes.json")
+    assert content.number == len(content.supernodes) == metrics["supernodes"]["letters"]["number"]
+    assert {layer for one in content.supernodes for layer, *_ in one.nodes} <= {0, 1, 2}
+    assert 0 < metrics["supernodes"]["letters"]["coverage"] <= 1
+    assert metrics["hypotheses"]["letters"] == {"selected": 0, "hold": 0}  # every row is a class of its own
+    assert [point.nodes for point in metrics["steering"]["letters"]] == [
+        "chosen",
+        "random",
+        "strength-matched",
+    ]
+    assert "supernodes from 10 training prompts" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_supernodes_are_at_least_two():
+    with pytest.raises(ValueError, match="supernodes"):
+        CircuitTracingConfig(supernodes=[1])
 
 
 def test_a_resumed_run_whose_pairs_changed_is_done_anew(pairs, tmp_path):

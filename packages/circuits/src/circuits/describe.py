@@ -1,18 +1,28 @@
-"""What neurons write to the vocabulary: descriptions that need nothing but the weights (digest 1.9).
+"""What a neuron says and when it fires: descriptions that need no other model (digest 1.9).
 
-The direct path of neuron i in layer l: its write direction W_d[:, i], scaled by the frozen post-norm and final-norm
-gains, through the unembedding. The tokens it raises and lowers most at the sign of its activation describe it.
+- Words: the direct path of neuron i in layer l, its write direction W_d[:, i] through the post-norm's and the final
+  norm's gains and the unembedding. `describe` takes it at one prompt's activation, with the norms frozen there;
+  `vocabulary_effects` from the weights alone (no prompt: gains without the norms' scale, so only the order means much).
+- Contexts: the places of a set of texts at which it fires most at a given sign (`firing_contexts`).
+
+`circuits.explain` has a language model write descriptions from the contexts, and scores them on held-out ones.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits.edges import Neurons
+from circuits.pathways import neuron_activations
+from circuits.profiles import Signed
 
 if TYPE_CHECKING:
     from circuits.frozen import FrozenNetwork
+    from shared.models import Model
 
 
 def write_logits(network: "FrozenNetwork", neurons: Neurons) -> Float[Tensor, "n V"]:
@@ -28,14 +38,83 @@ def write_logits(network: "FrozenNetwork", neurons: Neurons) -> Float[Tensor, "n
     return (rows_nD * norm.scale_BTD[0, neurons.position_n]) @ network.unembed_VD.T
 
 
+def vocabulary_effects(model: "Model", neurons: Sequence[Signed]) -> Float[Tensor, "n V"]:
+    """Return the direction in which each signed neuron moves the logits, from the weights alone (unit activation)."""
+    architecture = model.architecture
+    rows = []
+    for layer, index, sign in neurons:
+        block = architecture.block(layer)
+        write_D = sign * block.W_down[:, index]
+        rows.append(
+            write_D if block.mlp_post_norm is None else write_D * block.mlp_post_norm.gain.to(write_D)
+        )
+    rows_nD = torch.stack(rows)
+    norm = architecture.final_norm
+    rows_nD = rows_nD - rows_nD.mean(-1, keepdim=True) if norm.kind == "layer" else rows_nD
+    return (rows_nD * norm.gain.to(rows_nD)) @ architecture.W_U.T
+
+
 def describe(network: "FrozenNetwork", neurons: Neurons, tokenizer: Any, k: int = 4) -> list[str]:
     """Return one line a neuron: the k tokens it raises most and the k it lowers most."""
-    if not len(neurons):
-        return []
-    logits_nV = write_logits(network, neurons)
+    return _lines(write_logits(network, neurons), tokenizer, k) if len(neurons) else []
+
+
+def describe_weights(model: "Model", neurons: Sequence[Signed], k: int = 4) -> list[str]:
+    """Return the same line for each signed neuron from the weights alone, so of no prompt in particular."""
+    return _lines(vocabulary_effects(model, neurons).detach(), model.tokenizer, k) if neurons else []
+
+
+def _lines(logits_nV: Tensor, tokenizer: Any, k: int) -> list[str]:
     raised, lowered = logits_nV.topk(k).indices.tolist(), (-logits_nV).topk(k).indices.tolist()
 
     def words(ids: list[int]) -> str:
         return " ".join(repr(tokenizer.decode([token])) for token in ids)
 
     return [f"raises {words(up)}; lowers {words(down)}" for up, down in zip(raised, lowered, strict=True)]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One text with a signed neuron's activation at every token (0 where it has the other sign)."""
+
+    tokens: tuple[str, ...]
+    activations: tuple[float, ...]
+
+    @property
+    def peak(self) -> float:
+        """The largest activation."""
+        return max(self.activations)
+
+    def marked(self, share: float = 0.5) -> str:
+        """Return the text with the tokens that reach a share of the peak between << and >>."""
+        limit = share * self.peak
+        pieces = (
+            f"<<{token}>>" if value > 0 and value >= limit else token
+            for token, value in zip(self.tokens, self.activations, strict=True)
+        )
+        return "".join(pieces)
+
+
+def contexts_of(
+    model: "Model", texts: Sequence[str], neurons: Sequence[Signed], batch_size: int = 32
+) -> dict[Signed, list[Context]]:
+    """Return every signed neuron's context in each text, in the order of the texts."""
+    found: dict[Signed, list[Context]] = {neuron: [] for neuron in neurons}
+    for start in range(0, len(texts), batch_size):
+        batch = model.encode(list(texts[start : start + batch_size]))
+        acts_BLTN = neuron_activations(model, batch)
+        for row, ids in enumerate(batch.rows()):
+            tokens = tuple(model.tokenizer.decode([token]) for token in ids)
+            real = batch.attention_mask_BT[row].bool().to(acts_BLTN.device)
+            for neuron in neurons:
+                values_T = (neuron.sign * acts_BLTN[row, neuron.layer, real, neuron.neuron]).clamp_min(0.0)
+                found[neuron].append(Context(tokens, tuple(values_T.tolist())))
+    return found
+
+
+def firing_contexts(
+    model: "Model", texts: Sequence[str], neurons: Sequence[Signed], k: int = 5
+) -> dict[Signed, list[Context]]:
+    """Return the k texts in which each signed neuron fires most, the strongest first."""
+    every = contexts_of(model, texts, neurons)
+    return {neuron: sorted(contexts, key=lambda one: -one.peak)[:k] for neuron, contexts in every.items()}

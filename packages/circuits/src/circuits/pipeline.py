@@ -13,9 +13,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from circuits.attribution import ESTIMATORS, top_nodes
+from circuits.concepts_report import report_findings, report_supernodes, report_sweep
 from circuits.edge_circuits import EDGE_ESTIMATORS
 from circuits.faithfulness import CurvePoint
 from circuits.graph import Graph
+from circuits.pipeline_concepts import (
+    hypothesis_stage,
+    steering_stage,
+    steps_stage,
+    supernode_stage,
+)
 from circuits.pipeline_report import report_task
 from circuits.pipeline_stages import ablate_top, edge_stage, graph_stage, score_stage
 from circuits.study import (
@@ -43,6 +50,10 @@ class CircuitTracingConfig:
     `ablate`: size of the circuit, the top RelP neurons: faithfulness_N and completeness_N are its figures, its edges
     are those that `edge_sizes` count (none: no edges are run), and it is ablated in the last step.
     `edge_pairs`: how many of the training pairs rank edges, and of the test pairs judge them.
+    `supernodes`: candidate numbers of clusters of the neurons of `contexts` prompts (none: no clusters).
+    `hypotheses`: how many signed neurons are scored against the task's classes (0: none).
+    `steer`: factors by which the circuit is multiplied, beside controls.
+    `steps`: neurons a state in the capitals study (0: none), which is of its own data.
     `min_accuracy`: below it a task's figures are marked as those of a model that cannot do the task.
     """
 
@@ -60,6 +71,11 @@ class CircuitTracingConfig:
     edge_sizes: list[int] = field(default_factory=list)
     edge_pairs: int = 32
     edge_estimators: list[str] = field(default_factory=lambda: ["relp", "magnitude", "random"])
+    supernodes: list[int] = field(default_factory=list)
+    contexts: int = 48
+    hypotheses: int = 0
+    steer: list[float] = field(default_factory=list)
+    steps: int = 0
     examples: int = 6
     min_accuracy: float = 0.75
 
@@ -73,6 +89,8 @@ class CircuitTracingConfig:
         for name in ("train_pairs", "test_pairs", "max_nodes", "max_edges", "ablate", "edge_pairs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.supernodes and min(self.supernodes) < 2:
+            raise ValueError(f"supernodes are numbers of clusters, at least 2; got {self.supernodes}")
         _check_estimators("estimators", self.estimators, list(ESTIMATORS))
         _check_estimators("edge_estimators", self.edge_estimators, list(EDGE_ESTIMATORS))
 
@@ -103,6 +121,8 @@ def run(config: CircuitTracingConfig, model_config: ModelConfig, run: Run) -> di
         metrics["conservation_error"] = max(metrics["conservation_error"], result.pop("conservation_error"))
         for key, value in result.items():
             metrics.setdefault(key, {})[task.name] = value
+    if config.steps:
+        metrics["steps"] = steps_stage(model, config, run)
     return metrics
 
 
@@ -129,7 +149,28 @@ def run_task(model: Model, name: str, drawn: Drawn, config: CircuitTracingConfig
         "ablation": ablation,
     }
     report_task(study, points, edge_points, rows, graph, metrics, config, run)
-    return metrics
+    return metrics | _concepts(study, scores["relp"], config, run)
+
+
+def _concepts(study: Study, scores_LTN: Tensor, config: CircuitTracingConfig, run: Run) -> dict[str, Any]:
+    """Cluster, score and steer, as far as asked for; returns figures and adds to the report."""
+    content = supernode_stage(study, config, run) if config.supernodes else None
+    findings = hypothesis_stage(study, config, run) if config.hypotheses else []
+    sweep = steering_stage(study, scores_LTN, config, run) if config.steer else []
+    figures: dict[str, Any] = {}
+    if content is not None:
+        report_supernodes(content, run)
+        figures["supernodes"] = {"number": content.number, "coverage": content.coverage} | {
+            "stability": content.stability
+        }
+    if config.hypotheses:
+        report_findings(findings, run)
+        holding = sum(finding.holds for finding in findings)
+        figures["hypotheses"] = {"selected": len(findings), "hold": holding}
+    if config.steer:
+        report_sweep(study.name, sweep, run)
+        figures["steering"] = sweep
+    return figures
 
 
 def _node_figures(points: Curves, headline: CurvePoint, config: CircuitTracingConfig) -> dict[str, Any]:

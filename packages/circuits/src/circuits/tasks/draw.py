@@ -110,7 +110,7 @@ def _fit(tokenizer: Any, item: Item, style: Style) -> tuple[Pair, int] | None:
         if pair is None:
             continue
         lengths = {
-            _length(tokenizer, prompt, answer)
+            fitted_length(tokenizer, prompt, answer)
             for prompt, answer in ((pair.clean, pair.answer), (pair.clean, pair.wrong), (pair.corrupt, ""))
         }
         if len(lengths) == 1 and None not in lengths:
@@ -118,7 +118,7 @@ def _fit(tokenizer: Any, item: Item, style: Style) -> tuple[Pair, int] | None:
     return None
 
 
-def _length(tokenizer: Any, prompt: str, answer: str) -> int | None:
+def fitted_length(tokenizer: Any, prompt: str, answer: str) -> int | None:
     """Return the prompt's length in tokens, None where the answer adds not exactly one token to it."""
     ids = tokenizer.encode(prompt)
     if not answer:

@@ -1,0 +1,167 @@
+"""The stages of circuit_tracing that go from neurons to concepts: supernodes, hypotheses, steering, the capitals study.
+
+Each leaves typed JSON in the run folder or its metrics; supernodes lie beside the graph too, for its page.
+"""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuits.attribution import Problem, attribute, pose, top_nodes
+from circuits.clusters import cluster, coverage
+from circuits.concepts_report import report_steps, swap_rate
+from circuits.describe import describe_weights
+from circuits.hypotheses import (
+    Finding,
+    chosen_features,
+    score_hypotheses,
+    signed_features,
+    strongest_features,
+)
+from circuits.metric import Metric, top_logits
+from circuits.pipeline_stages import graph_folder, inputs_hash
+from circuits.profiles import Profile, Signed, frequent, profile
+from circuits.prune import select_nodes
+from circuits.relp import relp
+from circuits.steering import nodes_of
+from circuits.step_data import QUESTIONS, StepData, make_step_data
+from circuits.steps import SETS, find_sets, judge, overlap
+from circuits.study import Study, pose_pairs
+from circuits.supernodes import Supernodes, from_clusters, read_supernodes, write_supernodes
+from circuits.sweeps import SweepPoint, sweep
+from circuits.tasks import PairBatch
+from shared.models import Model
+from shared.runs import Run
+
+if TYPE_CHECKING:
+    from circuits.pipeline import CircuitTracingConfig
+
+NEUTRAL = (
+    "The children went to the park and played a game.",
+    "She put the book on the table and walked home.",
+    "It was late, and the small dog was tired.",
+    "He has a red hat and a new boat.",
+)  # unrelated text for side effects
+TARGETS = 5  # the paper's case studies trace the five likeliest tokens
+
+
+def context_profiles(
+    study: Study, pairs: PairBatch, config: "CircuitTracingConfig", run: Run, limit: int
+) -> list[Profile]:
+    """Return the profiles of the first `limit` clean prompts: nodes above the graph's threshold, top logits."""
+
+    def make_metric(logits_BTV: Tensor, positions_B: Tensor) -> Metric:
+        return top_logits(logits_BTV, positions_B, TARGETS)
+
+    prompts = [pair.clean for pair in pairs.pairs[:limit]]
+    problem = pose(study.model, study.model.encode(prompts), make_metric)
+    return [
+        profile(problem, row, _strong_nodes(problem, row, config))
+        for row in run.progress(range(len(prompts)), "profiles")
+    ]
+
+
+def _strong_nodes(problem: Problem, row: int, config: "CircuitTracingConfig") -> Tensor:
+    keep_S = problem.network.real_BT[row].nonzero()[:, 0]
+    found = relp(problem.network.row(row), problem.metric.row(row, keep_S))
+    totals_KLTN = found.sensitivity_BKLTN[0] * problem.activations_BLTN[row][:, keep_S]
+    mask_LSN = select_nodes(totals_KLTN, found.ledger.value_BK[0], config.threshold, config.max_nodes).mask
+    mask_LTN = torch.zeros_like(problem.activations_BLTN[row], dtype=torch.bool)
+    mask_LTN[:, keep_S] = mask_LSN
+    return mask_LTN
+
+
+def supernode_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> Supernodes:
+    """Cluster the neurons of the training prompts; coverage is that of the test prompts' neurons by the frozen map."""
+    key = inputs_hash(study, config.threshold, config.max_nodes, config.supernodes, config.contexts)
+    stage = run.stage(f"supernodes_{study.name}-{key}.json")
+    if not stage.done:
+        contexts = context_profiles(study, study.train, config, run, config.contexts)
+        neurons = frequent(contexts, max(2, len(contexts) // 10), config.max_nodes)
+        clustering = cluster(contexts, neurons, config.supernodes, seed=run.seed)
+        held_out = context_profiles(study, study.test, config, run, config.contexts)
+        found = from_clusters(study.model, clustering, contexts, coverage(held_out, neurons))
+        with stage as path:
+            write_supernodes(path, found)
+    content = read_supernodes(stage.path)
+    write_supernodes(run.path(f"{graph_folder(study, config)}/supernodes.json"), content)
+    return content
+
+
+def hypothesis_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> list[Finding]:
+    """Score the strongest signed neurons against every class of the task's labels."""
+
+    def compute() -> list[dict[str, Any]]:
+        train, test = (_features(study, half, run.seed) for half in (study.train, study.test))
+        neurons, mask_2LN = strongest_features(train, config.hypotheses)
+        names = sorted(set(study.train.examples[0].labels) & set(study.test.examples[0].labels))
+        labels = [{name: half.labels(name) for name in names} for half in (study.train, study.test)]
+        findings = score_hypotheses(
+            neurons,
+            chosen_features(train, mask_2LN), labels[0],
+            chosen_features(test, mask_2LN), labels[1],
+            seed=run.seed,
+        )  # fmt: skip
+        return [asdict(finding) for finding in findings]
+
+    key = inputs_hash(study, config.reference, config.hypotheses)
+    rows = run.json_stage(f"hypotheses_{study.name}-{key}.json", compute)
+    return [Finding(**row | {"neuron": Signed(*row["neuron"])}) for row in rows]
+
+
+def _features(study: Study, half: PairBatch, seed: int) -> Tensor:
+    problem = pose_pairs(study, half)
+    return signed_features(attribute(problem, "relp", seed)[:, 0], problem.activations_BLTN)
+
+
+def steering_stage(
+    study: Study, scores_LTN: Tensor, config: "CircuitTracingConfig", run: Run
+) -> list[SweepPoint]:
+    """Multiply the circuit's nodes by every factor, beside random and strength-matched ones."""
+    nodes = nodes_of(top_nodes(scores_LTN, config.ablate))
+    neutral = study.model.encode(list(NEUTRAL))
+    return sweep(study.model, study.test, nodes, config.steer, neutral, seed=run.seed)
+
+
+def steps_stage(model: Model, config: "CircuitTracingConfig", run: Run) -> dict[str, Any]:
+    """Run the capitals study; returns its figures and adds its section of the report."""
+
+    def compute() -> dict[str, Any]:
+        data = make_step_data(model, run.seed)
+        sets = find_sets(data, config.steps)
+        effects = judge(data, sets, run.seed)
+        return {
+            "states": data.states,
+            "neurons_a_state": config.steps,
+            "overlap": {
+                f"{one} and {other}": overlap(sets, one, other)
+                for one, other in (("first", "second"), ("first", "common"), ("second", "common"))
+            },
+            "effects": [asdict(effect) for effect in effects],
+            "named": named_neurons(model, data, sets),
+        }
+
+    found: dict[str, Any] = run.json_stage("steps.json", compute)
+    report_steps(found, run)
+    rates = {
+        name: {question: swap_rate(found["effects"], name, question) for question in QUESTIONS}
+        for name in ("none", *SETS, *(f"{name}: random" for name in SETS))
+    }
+    return {"states": len(found["states"]), "overlap": found["overlap"], "swapped": rates}
+
+
+def named_neurons(model: Model, data: StepData, sets: dict[str, Tensor], k: int = 5) -> list[dict[str, Any]]:
+    """Return, for each step, the neurons that are in most states' sets, and what they write."""
+    rows = []
+    acts_LN = pose_pairs(data.studies["both"], data.studies["both"].train).activations_BLTN.sum((0, 2))
+    for name, chosen_SLN in sets.items():
+        counts_LN = chosen_SLN.sum(0)
+        for place in counts_LN.flatten().topk(k).indices.tolist():
+            layer, neuron = divmod(place, counts_LN.shape[1])
+            signed = Signed(layer, neuron, 1 if acts_LN[layer, neuron] >= 0 else -1)
+            states = [data.states[row] for row in chosen_SLN[:, layer, neuron].nonzero()[:, 0].tolist()]
+            words = describe_weights(model, [signed])[0]
+            rows.append({"step": name, "neuron": str(signed), "states": states, "writes": words})
+    return rows
