@@ -107,31 +107,32 @@ def _ratio(folder: Path, arguments: Namespace) -> Iterator[dict[str, float]]:
     rows, layers = arguments.ratio_rows, arguments.ratio_layers
     store, labels_BK = planted_store(folder, rows, arguments.ratio_width, layers, arguments.dimensions)
 
-    def streamed(site: str) -> Any:
-        return Factors(store.at([site]), range(rows), labels_BK).solve(STRENGTH).weight_DK.T.numpy()
+    def streamed(site: str, count: int) -> Any:
+        return Factors(store.at([site]), range(count), labels_BK[:count]).solve(STRENGTH).weight_DK.T.numpy()
 
-    def loop(site: str) -> Any:
-        resid = gather(store.at([site]), range(rows)).numpy()
-        return np.stack([Ridge(alpha=STRENGTH).fit(resid, target.numpy()).coef_ for target in labels_BK.T])
+    def loop(site: str, count: int) -> Any:
+        resid = gather(store.at([site]), range(count)).numpy()
+        targets = labels_BK[:count].numpy().T
+        return np.stack([Ridge(alpha=STRENGTH).fit(resid, target).coef_ for target in targets])
 
-    def all_at_once(site: str) -> Any:
-        return (
-            Ridge(alpha=STRENGTH).fit(gather(store.at([site]), range(rows)).numpy(), labels_BK.numpy()).coef_
-        )
+    def all_at_once(site: str, count: int) -> Any:
+        resid = gather(store.at([site]), range(count)).numpy()
+        return Ridge(alpha=STRENGTH).fit(resid, labels_BK[:count].numpy()).coef_
 
     sides = dict(zip(SIDES, (streamed, loop, all_at_once), strict=True))
-    for site in ("warm-up", *store.sites):
+    for fit in sides.values():  # libraries, threads and files are warm before anything counts
+        fit(store.sites[0], min(rows, 2048))
+    for site in store.sites:
         found, seconds = {}, {}
         for name, fit in sides.items():
             start = time.perf_counter()
-            found[name] = fit(store.sites[0] if site == "warm-up" else site)
+            found[name] = fit(site, rows)
             seconds[name] = time.perf_counter() - start
         largest = np.abs(found["sklearn_loop"]).max()
         difference = max(float(np.abs(one - found["sklearn_loop"]).max() / largest) for one in found.values())
         if difference > TOLERANCE:
             raise SystemExit(f"coefficients differ by {difference:.2g} of the largest: nothing was compared")
-        if site != "warm-up":
-            yield {**seconds, "difference": difference}
+        yield {**seconds, "difference": difference}
 
 
 def planted_store(
