@@ -8,6 +8,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from assumptions.chats import Chat
+from assumptions.evaluation import evaluate_probes
 from assumptions.features import capture_features
 from assumptions.organism import plant
 from assumptions.probes import fit_probes
@@ -157,7 +158,18 @@ class TestStreamedRidge:
         labels = torch.rand(90, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         split = group_split(rows)
         candidates = [("blocks.0.output",), ("blocks.1.output",), features.sites[:2]]
-        streamed, _ = fit_probes(store, labels, NAMES9, split, "made", candidates=candidates)
+        walked = []
+
+        def progress(sources):
+            for source in sources:
+                walked.append(source.width)
+                yield source
+
+        streamed, chosen = fit_probes(
+            store, labels, NAMES9, split, "made", candidates=candidates, progress=progress
+        )
+        width = features.pooled_LBD.shape[2]
+        assert walked == [width, width, 2 * width]
         held, _ = fit_probes(features, labels, NAMES9, split, "made", candidates=candidates)
         for name in NAMES9:
             one, other = streamed.probes[name], held.probes[name]
@@ -166,6 +178,15 @@ class TestStreamedRidge:
             torch.testing.assert_close(one.pattern_D, other.pattern_D, atol=1e-9, rtol=1e-7)
             assert one.projection_sd == pytest.approx(other.projection_sd)
             assert one.score(store).numpy() == pytest.approx(other.score(features).numpy(), abs=1e-7)
+        figures = [
+            evaluate_probes(read, labels, probes, chosen, split, rows, shuffles=1, candidates=candidates)
+            for read, probes in ((store, streamed), (features, held))
+        ]
+        for name in NAMES9:
+            one, other = (scores[name] for scores in figures)
+            for figure in ("r2", "r2_shuffled", "partial_r2", "calibration_error"):
+                assert getattr(one, figure) == pytest.approx(getattr(other, figure), abs=1e-6)
+            assert one.stability == pytest.approx(other.stability, abs=1e-6)
 
     @pytest.mark.parametrize(("rows", "width"), [(400, 30), (60, 90)])
     def test_a_stream_of_shards_equals_sklearn_on_all_rows(self, tmp_path, rows, width):

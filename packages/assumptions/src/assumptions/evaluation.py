@@ -18,11 +18,12 @@ from torch import Tensor
 from assumptions.baselines import baseline_scores, length_format
 from assumptions.calibration import calibration_error
 from assumptions.chats import Chat
-from assumptions.families import FamilyName, family
+from assumptions.families import Family, FamilyName, family
 from assumptions.features import ActivationSet
 from assumptions.metrics import Extremes, Figures, Intervals, figures, intervals
 from assumptions.probes import ProbeSet, fit_probes, places
 from assumptions.residual import partial_r2
+from assumptions.rows import Rows
 from assumptions.selection import Chosen, shuffled_searches
 from assumptions.splits import Split, component_ids, leave_one_source_out
 from assumptions.stability import Stability, split_half
@@ -85,18 +86,10 @@ def evaluate_probes(
     shuffled = shuffled_searches(sources, labels_BK, split, shuffles, seed, kind, strengths)
     text = baseline_scores(chats, labels_BK, split, embedding, kind, strengths)
     groups, test_sources = component_ids(chats), [chats[i].source for i in split.test]
-    partial: dict[int, float] = {}
-    stable: dict[int, Stability] = {}
-    for index, columns in _by_candidate(chosen).items():
-        there, labels = sources[index], labels_BK[:, columns]
-        partial |= dict(zip(columns, partial_r2(there, length_format(chats), labels, split), strict=True))
-        kept = [chosen[k].strength for k in columns]
-        halves = split_half(there, split.train, groups, labels, kept, kind, halvings, seed)
-        stable |= dict(zip(columns, halves, strict=True))
+    beside = _beside(sources, labels_BK, chosen, split, chats, groups, kind, halvings, seed)
     scores = {}
     for k, (name, probe) in enumerate(probe_set.probes.items()):
         predicted_B, labels_B = probe.predict(features, split.test), labels_BK[split.test, k]
-        found = figures(predicted_B, labels_B, test_sources)
         control = [
             figures(
                 kind.estimate(one.chosen[k].read(sources[one.chosen[k].candidate], split.test)),
@@ -109,7 +102,7 @@ def evaluate_probes(
             block=probe.blocks[-1],
             strength=probe.strength,
             rmse=float((predicted_B - labels_B).square().mean().sqrt()),
-            **found._asdict(),
+            **figures(predicted_B, labels_B, test_sources)._asdict(),
             intervals=intervals(predicted_B, labels_B, [groups[i] for i in split.test], resamples, seed),
             r2_validation=probe.r2_validation,
             r2_shuffled=_mean([one.r2 for one in control]),
@@ -118,12 +111,35 @@ def evaluate_probes(
             auroc_quantile_shuffled=_mean_area([one.auroc_quantile for one in control]),
             baselines={baseline: by_target[k] for baseline, by_target in text.r2.items()},
             skipped=text.skipped,
-            partial_r2=partial[k],
-            stability=stable[k],
+            partial_r2=beside[k][0],
+            stability=beside[k][1],
             calibration_error=calibration_error(probe.score(features, split.test), labels_B),
             curve=chosen[k].curve,
         )
     return scores
+
+
+def _beside(
+    sources: Sequence[Rows],
+    labels_BK: Float[Tensor, "B K"],
+    chosen: Sequence[Chosen],
+    split: Split,
+    chats: Sequence[Chat],
+    groups: Sequence[int],
+    kind: Family,
+    halvings: int,
+    seed: int,
+) -> list[tuple[float, Stability]]:
+    """Partial R2 given length and format, and stability, of every target at its own place; a place is read once."""
+    found: dict[int, tuple[float, Stability]] = {}
+    for place in {one.candidate for one in chosen}:
+        columns = [k for k, one in enumerate(chosen) if one.candidate == place]
+        labels = labels_BK[:, columns]
+        partial = partial_r2(sources[place], length_format(chats), labels, split)
+        kept = [chosen[k].strength for k in columns]
+        halves = split_half(sources[place], split.train, groups, labels, kept, kind, halvings, seed)
+        found |= dict(zip(columns, zip(partial, halves, strict=True), strict=True))
+    return [found[k] for k in range(len(chosen))]
 
 
 def leave_one_source_out_scores(
@@ -147,14 +163,6 @@ def leave_one_source_out_scores(
             for k, (name, probe) in enumerate(probe_set.probes.items())
         }
     return scores
-
-
-def _by_candidate(chosen: Sequence[Chosen]) -> dict[int, list[int]]:
-    """Targets by the candidate that was chosen for them."""
-    columns: dict[int, list[int]] = {}
-    for k, one in enumerate(chosen):
-        columns.setdefault(one.candidate, []).append(k)
-    return columns
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -22,7 +22,7 @@ from assumptions.families import FamilyName, family
 from assumptions.features import ActivationSet
 from assumptions.rendering import Form
 from assumptions.rows import Rows, covariance
-from assumptions.selection import Chosen, choose
+from assumptions.selection import Chosen, Progress, choose
 from assumptions.splits import Split
 from shared.errors import UserError
 
@@ -143,19 +143,21 @@ def fit_probes(
     kind: FamilyName = "ridge",
     calibration: Method | None = None,
     candidates: Sequence[tuple[str, ...]] | None = None,
+    progress: Progress = iter,
 ) -> tuple[ProbeSet, list[Chosen]]:
     """Fit one probe per dimension on scores in [0, 1]; place and strength are chosen on the validation rows.
 
     `candidates` are the places to choose among, each one site or several to be read side by side; by default every site
-    alone. `strengths` and `calibration` default to the family's. Raises UserError when a label is missing or outside
-    [0, 1], or when one dimension's training labels are all alike.
+    alone. `strengths` and `calibration` default to the family's; `progress` wraps the walk over the candidates. Raises
+    UserError when a label is missing or outside [0, 1], or when one dimension's training labels are all alike.
     """
     _check_labels(labels_BK, dimensions, split)
     tried = places(features, candidates)
-    chosen = choose([features.at(sites) for sites in tried], labels_BK, split, family(kind), strengths)
+    sources = [features.at(sites) for sites in tried]
+    chosen = choose(sources, labels_BK, split, family(kind), strengths, progress=progress)
     probes = {}
     for k, (name, one) in enumerate(zip(dimensions, chosen, strict=True)):
-        source, labels_B = features.at(tried[one.candidate]), labels_BK[:, k].double()
+        source, labels_B = sources[one.candidate], labels_BK[:, k].double()
         held = one.read(source, split.validation)
         scales = _scales(source, split.train, labels_B[split.train], one.weight_D)
         probes[name] = Probe(

@@ -26,6 +26,7 @@ from assumptions.splits import Split
 from shared.errors import UserError
 
 TOLERANCE = 0.1
+Progress = Callable[[Sequence[Rows]], Iterable[Rows]]
 RIDGE = FAMILIES["ridge"]
 
 
@@ -56,9 +57,12 @@ def choose(
     family: Family = RIDGE,
     strengths: Sequence[float] | None = None,
     tolerance: float = TOLERANCE,
-    progress: Callable[[Sequence[Rows]], Iterable[Rows]] = iter,
+    progress: Progress = iter,
 ) -> list[Chosen]:
-    """Return one read-out per target, fitted on the training rows and chosen on the validation rows."""
+    """Return one read-out per target, fitted on the training rows and chosen on the validation rows.
+
+    `progress` wraps the walk over the candidates, each of which is read once.
+    """
     targets_BK = targets_BK.double()
     found = [_best_of(rows, targets_BK, split, family, strengths) for rows in progress(candidates)]
     chosen = []
