@@ -4,6 +4,7 @@ Each leaves typed JSON in the run folder or its metrics; supernodes lie beside t
 """
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from circuits.attribution import Problem, attribute, pose, top_nodes
 from circuits.clusters import cluster, coverage
 from circuits.concepts_report import report_steps, swap_rate
 from circuits.describe import describe_weights
+from circuits.folder import SUPERNODES, with_effects
+from circuits.graph import load_graph
 from circuits.hypotheses import (
     Finding,
     chosen_features,
@@ -34,6 +37,7 @@ from circuits.sweeps import SweepPoint, sweep
 from circuits.tasks import PairBatch
 from shared.models import Model
 from shared.runs import Run
+from shared.serialize import plain
 
 if TYPE_CHECKING:
     from circuits.pipeline import CircuitTracingConfig
@@ -86,8 +90,19 @@ def supernode_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> S
         with stage as path:
             write_supernodes(path, found)
     content = read_supernodes(stage.path)
-    write_supernodes(run.path(f"{graph_folder(study, config)}/supernodes.json"), content)
+    _beside_graph(study, content, run.path(graph_folder(study, config)))
     return content
+
+
+def _beside_graph(study: Study, content: Supernodes, folder: Path) -> None:
+    """Write the supernodes beside the graph, and its page anew with them and their effects."""
+    path = folder / SUPERNODES
+    if path.exists() and read_supernodes(path) == content:
+        return
+    graph = load_graph(folder)
+    whole = with_effects(study.model, graph, plain(content.supernodes))
+    whole.save(folder, f"{study.name}: {graph.header.prompt} ...")
+    write_supernodes(path, content)
 
 
 def hypothesis_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> list[Finding]:
