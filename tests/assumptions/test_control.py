@@ -7,7 +7,15 @@ import torch
 
 from assumptions.chats import Chat
 from assumptions.conditions import Reply
-from assumptions.control import Trial, best, candidate_blocks, directions_by_block, trial, trial_family
+from assumptions.control import (
+    Trial,
+    best,
+    candidate_blocks,
+    directions_by_block,
+    doubts,
+    trial,
+    trial_family,
+)
 from assumptions.dimensions import NAMES
 from assumptions.doses import Curve
 from assumptions.engines import HFEngine
@@ -62,6 +70,16 @@ def test_candidates_are_spread_over_the_depth_with_the_block_for_reading_first()
     assert candidate_blocks([], 1, reading=0) == [0]
     with pytest.raises(UserError, match=r"\[4\] are not blocks of this model, 0 to 3"):
         candidate_blocks([4], 4, reading=0)
+
+
+def test_what_speaks_against_steering_is_said():
+    read = probe(load("random:llama"))[1].probes["user_rightness"]
+    wide = torch.linspace(0, 1, 100, dtype=torch.float64)
+    assert doubts(replace(read, r2_validation=0.5), wide) == []
+    assert "R2" in doubts(replace(read, r2_validation=0.01), wide)[0]
+    flat, few = torch.full((100,), 0.8) + 1e-3 * wide.float(), wide[20:80]
+    assert [reason.split()[0] for reason in doubts(replace(read, r2_validation=0.5), flat)] == ["labels", "0"]
+    assert "10 labels below 0.3" in doubts(replace(read, r2_validation=0.5), few)[0]
 
 
 ROWS = [Chat(str(i), f"about my {'rent' if i % 2 else 'job'}, {i * i}") for i in range(40)]

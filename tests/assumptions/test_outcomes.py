@@ -1,13 +1,16 @@
 """Judges: the exact lexical one against the reply grammar, and the model judge's strict reading of grades."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from assumptions import judges
 from assumptions.grades import GradeStatus, exchange_hash, grade
+from assumptions.judges import judging
 from assumptions.outcomes import (
     OUTCOMES,
     Exchange,
@@ -18,8 +21,10 @@ from assumptions.outcomes import (
     read_grade,
     sycophancy,
 )
+from assumptions.settings import JudgeSettings
 from shared.errors import UserError
 from shared.generation import Completion
+from shared.runs import start_run
 from shared.tinyworld import social
 
 
@@ -175,3 +180,29 @@ class TestGradesInAFile:
         for options in ({"name": "other"}, {"temperature": 0.5}, {"seed": 1}):
             with pytest.raises(UserError, match="another"):
                 grade(self.judge(**options)[1], self.rows[:1], path)
+
+
+def test_the_key_of_a_judge_on_a_server_is_read_when_it_is_asked_first(tmp_path, monkeypatch):
+    """T29: keys come from the environment, when the judge starts; neither import nor settings read or keep one."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    settings = JudgeSettings("server", "http://127.0.0.1:1/v1", "grader")
+    with start_run(tmp_path / "run", {"judge": settings}, seed=0) as run:
+        judge = judging(settings, run)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
+        monkeypatch.setattr(judges, "OpenAIGenerator", lambda url, model: Keyed())
+        judge([Exchange("hi", "hello")])
+    assert seen == ["sk-of-this-test"]
+    written = [path.read_text() for path in (tmp_path / "run").rglob("*.json*")]
+    assert written
+    assert not any("sk-of-this-test" in text for text in written)
+
+
+seen: list[str] = []
+
+
+class Keyed(Scripted):
+    """A server's engine that notes the key it would use."""
+
+    def __init__(self):
+        super().__init__(*"123")
+        seen.append(os.environ["OPENAI_API_KEY"])

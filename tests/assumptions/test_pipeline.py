@@ -46,6 +46,8 @@ def direction(width=8, kind="probe", name="user_rightness.probe", block=1):
 
 
 class TestDoseResponse:
+    """T25: replies cut by the token limit are counted at every dose, since they bias framing and length."""
+
     def replies(self, effect, chats=5):
         doses, rows, judged = (-1.0, 0.0, 1.0, 2.0), [], []
         for dose in doses:
@@ -156,6 +158,27 @@ class TestSteeredReplies:
 def test_settings_are_refused_before_a_model_is_loaded(options, match):
     with pytest.raises(UserError, match=match):
         AssumptionProbingConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("", "engine", "gpu"),
+        ("steering", "scope", "reply"),
+        ("steering", "unit", "sd"),
+        ("judge", "kind", "me"),
+    ],
+)
+def test_a_word_that_no_choice_knows_is_refused(part, name, value):
+    """T28: it does not fail after the model is loaded."""
+    config = AssumptionProbingConfig()
+    setattr(getattr(config, part) if part else config, name, value)
+    with pytest.raises(UserError, match=f"{name} '{value}' is not one of"):
+        config.__post_init__()
+    config = AssumptionProbingConfig()
+    config.steering.controls.append("noise")
+    with pytest.raises(UserError, match="words"):
+        config.__post_init__()
 
 
 def test_messages_of_the_embedded_world_carry_their_truth():

@@ -20,12 +20,13 @@ from jaxtyping import Float
 
 from assumptions.doses import Curve
 from assumptions.features import Features
-from assumptions.probes import ProbeSet, fit_probes
+from assumptions.probes import Probe, ProbeSet, fit_probes
 from assumptions.splits import Split
 from assumptions.steering import Direction, Kind, pattern_direction, probe_direction, random_directions
 from shared.errors import UserError
 
 SPREAD = 8  # blocks tried where none are named
+LEAST_R2, LEAST_SD, LEAST_EXTREMES = 0.05, 0.05, 25
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,23 @@ def trial(direction: Direction, curves: Sequence[Curve]) -> Trial:
 def best(trials: Sequence[Trial], largest_loss: float) -> Trial:
     """The trial of the largest margin among those that keep coherence (all where none does); the first of equals."""
     return max(trials, key=lambda one: (one.coherence >= 1 - largest_loss, one.margin))
+
+
+def doubts(probe: Probe, labels_B: Float[torch.Tensor, " B"]) -> list[str]:
+    """Why a dimension is hardly worth steering on these rows, by the rule of the public replication; else empty.
+
+    Read on validation rows with R2 of at least 0.05, labels that vary (SD at least 0.05), and at least 25 rows below
+    0.3 and above 0.7: below that a direction is noise, whatever its curve shows.
+    """
+    spread = float(labels_B.double().std())
+    low, high = int((labels_B < 0.3).sum()), int((labels_B > 0.7).sum())
+    found = {
+        f"validation R2 {probe.r2_validation:.2f} is below {LEAST_R2}": probe.r2_validation < LEAST_R2,
+        f"labels have SD {spread:.2f}, below {LEAST_SD}": spread < LEAST_SD,
+        f"{low} labels below 0.3 and {high} above 0.7, fewer than {LEAST_EXTREMES}": min(low, high)
+        < LEAST_EXTREMES,
+    }
+    return [reason for reason, holds in found.items() if holds]
 
 
 def control_metrics(

@@ -25,7 +25,7 @@ from assumptions.answer_file import answers_path
 from assumptions.asking import OnDemand
 from assumptions.chats import Chat
 from assumptions.closing import closing_metrics, elicit_again, mediations
-from assumptions.control import control_metrics
+from assumptions.control import control_metrics, doubts
 from assumptions.dimensions import NAMES
 from assumptions.elicitation import Elicitation, elicit, header
 from assumptions.embedded import beside_truth, preserved, unguided
@@ -103,6 +103,8 @@ def steer_and_judge(study: Steering, grounds: Grounds) -> dict[str, Any]:
     config, run = study.config, study.run
     directions, trials = choose_directions(study, grounds)
     metrics: dict[str, Any] = {"control": control_metrics(trials, directions, grounds.probes)}
+    probes, train = grounds.probes.probes, grounds.split.train
+    metrics["doubts"] = {name: doubts(probes[name], grounds.labels(name, train)) for name in directions}
     add_choice(run.report, trials, directions, config.steering.choice)
     doses, ranges = find_doses(study, grounds, directions)
     of_name, missing = families(study, grounds, directions)

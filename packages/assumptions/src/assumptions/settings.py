@@ -1,7 +1,7 @@
 """Settings of the assumption_probing pipeline, refused when they do not fit each other, before a model is loaded."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from assumptions.dimensions import NAMES, dimension
 from assumptions.elicitation import ElicitationSettings, check
@@ -124,6 +124,7 @@ class AssumptionProbingConfig:
     def __post_init__(self) -> None:
         for name in self.steering.dimensions:
             dimension(name)
+        _check_choices(self)
         if instrument(self.instrument).dimensions != NAMES:
             raise UserError(
                 f"instrument {self.instrument!r} does not score all nine dimensions; take nine_scores"
@@ -144,3 +145,22 @@ class AssumptionProbingConfig:
                 "the lexical judge reads replies of the embedded model only: set judge.kind=server"
             )
         check(instrument(self.instrument), self.elicitation)
+
+
+def _check_choices(config: AssumptionProbingConfig) -> None:
+    """Refuse a word that no choice knows, before anything long has run."""
+    steering = config.steering
+    chosen: list[tuple[str, str, tuple[str, ...]]] = [
+        ("engine", config.engine, ("vllm", "hf")),
+        ("span", config.span, get_args(Span)),
+        ("judge.kind", config.judge.kind, ("lexical", "local", "server")),
+        ("steering.kind", steering.kind, ("probe", "pattern")),
+        ("steering.unit", steering.unit, get_args(Unit)),
+        ("steering.scope", steering.scope, get_args(Scope)),
+        ("steering.engine", steering.engine, ("hf", "vllm")),
+        ("steering.choice.by", steering.choice.by, ("dose_response", "reading")),
+        *(("steering.controls", control, get_args(Control)) for control in steering.controls),
+    ]
+    for name, value, known in chosen:
+        if value not in known:
+            raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
