@@ -4,6 +4,8 @@
     python benchmarks/circuits_speed.py --only nodes    one part
     python benchmarks/circuits_speed.py --rounds 3
 
+Results are written after every part.
+
 Every round runs all sides of a part one after the other; a figure is the median over rounds with its range. The last
 line of the output is one JSON object with every figure, its range under NAME_ci.
 """
@@ -78,18 +80,17 @@ def main() -> None:
         print("no GPU part: it needs a CUDA device" if not torch.cuda.is_available() else "GPU part left out")
     figures: dict[str, tuple[float, float, float]] = {}
     raw = {}
+    settings = {"shape": "12 layers, width 256, 1024 neurons", "rounds": options.rounds}
+    settings |= {"parts": " ".join(chosen), "threads": str(torch.get_num_threads())}
+    stem = "_".join(["circuits_speed", *(options.only or [])])
     for name in chosen:
         print(f"measuring {name} ...", flush=True)
         raw[name] = parts()[name](options.rounds)
         figures |= summary(raw[name])
-    settings = {
-        "shape": "12 layers, width 256, 1024 neurons",
-        "rounds": options.rounds,
-        "parts": " ".join(chosen),
-    }
-    settings["threads"] = str(torch.get_num_threads())
-    stem = "circuits_speed" if options.only is None else "circuits_speed_" + "_".join(chosen)
-    print(write_results(stem, CLAIM, rows(figures), settings, raw).read_text())
+        page = write_results(
+            stem, CLAIM, rows(figures), settings, raw
+        )  # what is measured stays if the rest is cut
+    print(page.read_text())
     line = {name: median for name, (median, _, _) in figures.items()}
     print(json.dumps(line | {f"{name}_ci": [low, high] for name, (_, low, high) in figures.items()}))
 
