@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from circuits.attribution import attribute, exact_scores, pose
+from circuits.edges import Neurons, direct_effects
 from circuits.metric import (
     MetricError,
     direction,
@@ -16,6 +17,7 @@ from circuits.relp import relp
 from circuits.rules import Rules
 from circuits.surrogate import relp_by_autograd
 from shared.hooks import capture
+from shared.models import ModelConfig, load
 from shared.tokens import pad
 
 ROWS = [[1, 40, 77, 9, 120, 33, 201], [1, 90, 13, 55, 7, 8, 21]]
@@ -39,6 +41,11 @@ TARGETS = {
 }
 
 
+@pytest.fixture(scope="module")
+def gpt2():
+    return load(ModelConfig("random:gpt2", dtype="float64"))
+
+
 @pytest.fixture
 def problem(any_model, request):
     batch = pad(ROWS, [7, 7], 0)
@@ -51,6 +58,19 @@ def test_the_ledger_of_every_target_closes(problem):
     assert ledger.error() < 1e-10
     with torch.no_grad():
         torch.testing.assert_close(problem.values(), ledger.value_BK, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_edges_of_every_target_close(gpt2, name):
+    problem = pose(gpt2, pad(ROWS, [7, 7], 0), TARGETS[name](gpt2))
+    network, metric = problem.network.row(0), problem.metric.row(0, torch.arange(7))
+    neurons = Neurons(*(torch.tensor(column) for column in ([0, 1, 2], [3, 6, 6], [5, 7, 9])))
+    if name == "block 1":
+        with pytest.raises(MetricError, match="score nodes alone"):
+            direct_effects(network, neurons, metric)
+        return
+    effects = direct_effects(network, neurons, metric)
+    torch.testing.assert_close(effects.inflow(), effects.value_S, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from circuits.frozen import FrozenNetwork
 from circuits.layers import FrozenBlock, FrozenNorm
-from circuits.metric import Metric
+from circuits.metric import Metric, MetricError
 
 COPIES = 6  # cotangents alive at once in an attention step: the stream, heads, values and their products
 
@@ -95,6 +95,10 @@ def direct_effects(
     """
     if len(network.embed_BTD) != 1:
         raise ValueError("edges are traced one example at a time: use network.row(index)")
+    if network.depth(metric) < len(network.blocks):
+        raise MetricError(
+            f"edges are traced from the top of the model, not from {metric.site}: score nodes alone"
+        )
     effects = _no_effects(network, neurons, metric)
     position_S = torch.cat([neurons.position_n, metric.positions_BK[0]])
     row_bytes = COPIES * network.embed_BTD.shape[2] * network.embed_BTD.element_size()
@@ -105,6 +109,7 @@ def direct_effects(
 
 def _no_effects(network: FrozenNetwork, neurons: Neurons, metric: Metric) -> DirectEffects:
     n, n_targets = len(neurons), metric.positions_BK.shape[1]
+    own_K = (network.logit_bias(metric) + metric.rest(network.observed(metric)))[0]
     n_layers, n_positions = len(network.blocks), network.embed_BTD.shape[1]
     new = network.embed_BTD.new_zeros
     source_n = new(n)
@@ -112,14 +117,14 @@ def _no_effects(network: FrozenNetwork, neurons: Neurons, metric: Metric) -> Dir
         here = neurons.layer_n == layer
         source_n[here] = block.neurons_BTN[0, neurons.position_n[here], neurons.index_n[here]]
     return DirectEffects(
-        value_S=torch.cat([source_n, metric.value(network.logits_BTV)[0]]),
+        value_S=torch.cat([source_n, metric.value(network.observed(metric))[0]]),
         source_n=source_n,
         unit_Sn=new(n + n_targets, n),
         embed_ST=new(n + n_targets, n_positions),
         position_ST=new(n + n_targets, n_positions),
         attn_bias_SLT=new(n + n_targets, n_layers, n_positions),
         mlp_bias_SLT=new(n + n_targets, n_layers, n_positions),
-        own_S=torch.cat([new(n), network.logit_bias(metric)[0]]),
+        own_S=torch.cat([new(n), own_K]),
         layer_SL=new(n + n_targets, n_layers),
     )
 
