@@ -4,11 +4,14 @@
 
 A synthetic graph (seeded: layers, tokens, effects and edges drawn at random) is opened in software rendering.
 Measured are the times between frames that the browser presents while the view is dragged and zoomed, one step a frame,
-with the default 250 edges, with all 20,000, and with a node picked; and the time from a change of a slider to its
-frame. The last line of the output is one JSON object.
+with the default 250 edges, with all 20,000, and with a node picked, beside those of an empty page; the processor time
+that the browser's processes took for a frame, which other load on the machine hardly changes; and the time from a
+change of a slider to its frame. The last line of the output is one JSON object.
 """
 
+import contextlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -23,7 +26,7 @@ from circuits.graph import EMBEDDING, LOGIT, NEURON, Graph, Header
 from circuits.view import write_page
 from shared.errors import UserError
 
-NODES, EDGES, LAYERS, TOKENS, FRAMES = 2000, 20_000, 32, 24, 90
+NODES, EDGES, LAYERS, TOKENS, FRAMES = 2000, 20_000, 32, 24, 60
 
 MOVE = """new Promise((done) => {
   const times = [];
@@ -32,12 +35,13 @@ MOVE = """new Promise((done) => {
     if (last !== null) times.push(now - last);
     last = now;
     if (i++ >= %d) return done(times);
-    if (i %% 2) view = { ...view, x: view.x + 8 * Math.sin(i / 9) };
-    zoom(1 + 0.03 * Math.sin(i / 12));
+    %s;
     requestAnimationFrame(turn);
   };
   requestAnimationFrame(turn);
 })"""
+STEP = "view = { ...view, x: view.x + 8 * Math.sin(i / 9) }; zoom(1 + 0.03 * Math.sin(i / 12))"
+EMPTY = "<!doctype html><title>empty</title><canvas></canvas>"
 SLIDE = """new Promise((done) => {
   const start = performance.now();
   const field = document.getElementById("count");
@@ -96,22 +100,44 @@ def synthetic(seed: int = 0) -> Graph:
     )
 
 
-def measure(page: Page) -> dict[str, float]:
-    """Median and 95th percentile of the frame times in each state, and the slider's, in milliseconds."""
-    figures: dict[str, float] = {}
+def processor_seconds(group: int) -> float:
+    """Processor time that the live processes of a process group have taken."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
-    def frames(name: str) -> None:
-        times = sorted(page.evaluate(MOVE % FRAMES))
-        figures[f"{name}_frame_ms"] = round(statistics.median(times), 1)
-        figures[f"{name}_frame_p95_ms"] = round(times[int(0.95 * len(times))], 1)
+
+def frames(page: Page, name: str, script: str, group: int) -> dict[str, float]:
+    """Median and 95th percentile of the times between frames, and processor time a frame, in milliseconds."""
+    before = processor_seconds(group)
+    times = sorted(page.evaluate(script))
+    spent = 1000 * (processor_seconds(group) - before) / FRAMES
+    return {
+        f"{name}_frame_ms": round(statistics.median(times), 1),
+        f"{name}_frame_p95_ms": round(times[int(0.95 * len(times))], 1),
+        f"{name}_processor_ms": round(spent, 1),
+    }
+
+
+def measure(page: Page, group: int) -> dict[str, float]:
+    """The figures of each state of the page, and of the slider."""
+
+    def state(name: str) -> dict[str, float]:
+        page.wait_for("drawn.next === drawn.strokes.length")
+        figures = frames(page, name, MOVE % (FRAMES, STEP), group)
         page.evaluate("fit()")
+        return figures
 
-    frames("default")
+    figures = state("default")
     page.set_value("#edges", EDGES)
-    frames("all_edges")
+    figures |= state("all_edges")
     page.set_value("#edges", 250)
     page.evaluate("pick(ranked[0])")
-    frames("picked")
+    figures |= state("picked")
     page.evaluate("pick(null)")
     slides = [page.evaluate(SLIDE % count) for count in range(NODES, NODES // 2, -100)]
     figures["slider_ms"] = round(statistics.median(slides), 1)
@@ -126,9 +152,16 @@ def main() -> None:
     graph = synthetic()
     with tempfile.TemporaryDirectory() as folder, Browser(executable) as browser:
         path = write_page(graph, Path(folder) / "page.html")
+        figures = {"nodes": NODES, "edges": graph.n_edges, "page_kib": path.stat().st_size // 1024}
+        empty = Path(folder) / "empty.html"
+        empty.write_text(EMPTY)
+        with browser.open(empty, width=1440, height=900) as page:
+            nothing = (
+                "document.title = i; document.querySelector('canvas').getContext('2d').fillRect(i, i, 9, 9)"
+            )
+            figures |= frames(page, "empty", MOVE % (FRAMES, nothing), browser.group)
         with browser.open(path, width=1440, height=900) as page:
-            figures = {"nodes": NODES, "edges": graph.n_edges, "page_kib": path.stat().st_size // 1024}
-            figures |= measure(page)
+            figures |= measure(page, browser.group)
             if page.errors:
                 sys.exit(f"error: the page reports {page.errors}")
     for name, value in figures.items():

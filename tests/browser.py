@@ -73,6 +73,11 @@ class Browser:
         )
         self._port = self._wait_for_port()
 
+    @property
+    def group(self) -> int:
+        """The process group that all of the browser's processes belong to."""
+        return self._process.pid
+
     def __enter__(self) -> "Browser":
         return self
 

@@ -22,7 +22,7 @@ from circuits.graph import KINDS, Graph
 from shared.plots import PALETTE
 from shared.serialize import atomic_path, plain
 
-SCRIPTS = ("model.js", "layout.js", "paint.js", "panel.js", "groups.js", "main.js")
+SCRIPTS = ("model.js", "layout.js", "edges.js", "paint.js", "panel.js", "groups.js", "main.js")
 DIGITS = 6  # significant ones of an edge's weight in the page
 
 

@@ -36,8 +36,8 @@ function glance(item) {
 }
 function reveal(item) { // pan just as far as needed
   const { x, y } = toScreen(item), edge = 40;
-  view.x += Math.max(AXIS.left + edge - x, 0) + Math.min(size.width - edge - x, 0);
-  view.y += Math.max(edge - y, 0) + Math.min(size.height - AXIS.bottom - edge - y, 0);
+  view = { ...view, x: view.x + Math.max(AXIS.left + edge - x, 0) + Math.min(size.width - edge - x, 0),
+    y: view.y + Math.max(edge - y, 0) + Math.min(size.height - AXIS.bottom - edge - y, 0) };
   paint();
 }
 
@@ -64,6 +64,7 @@ function itemAt(event) {
 function zoom(factor, x = size.width / 2, y = size.height / 2) {
   const k = Math.min(8, Math.max(0.05, view.k * factor)), ratio = k / view.k;
   view = { k, x: x - (x - view.x) * ratio, y: y - (y - view.y) * ratio };
+  moved = performance.now();
   paint();
 }
 function pointer() {
@@ -82,7 +83,7 @@ function pointer() {
     if (from) {
       const dx = event.clientX - from.x, dy = event.clientY - from.y;
       if (Math.hypot(dx, dy) > 4) { dragged = true; canvas.classList.add("moving"); byId("tip").hidden = true; }
-      if (dragged) { view = { ...view, x: from.view.x + dx, y: from.view.y + dy }; paint(); }
+      if (dragged) { view = { ...view, x: from.view.x + dx, y: from.view.y + dy }; moved = performance.now(); paint(); }
       return;
     }
     const item = itemAt(event);
@@ -190,7 +191,7 @@ function controls() {
   byId("fit").addEventListener("click", fit);
   for (const name of Object.keys(TABS)) byId(`tab-${name}`).addEventListener("click", () => openTab(name));
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); paint(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); redrawEdges(); paint(); });
   addEventListener("resize", () => { resize(); fit(); });
 }
 

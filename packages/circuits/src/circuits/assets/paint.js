@@ -1,9 +1,9 @@
 // Drawing on one canvas: `rebuild` decides what there is to draw, `paint` draws it under the current zoom.
 const canvas = byId("plot"), pen = canvas.getContext("2d");
 const state = { target: 0, count: 0, edges: 0, picked: null, focus: null, marked: new Set(), matches: null, busy: false };
-let scene = { items: [], links: [], strokes: [], near: null, world: { columns: [], rows: [], width: 1, height: 1 } };
+let scene = { items: [], links: [], chosen: [], near: null, world: { columns: [], rows: [], width: 1, height: 1 } };
 let view = { x: 0, y: 0, k: 1 }, size = { width: 1, height: 1 }, ink = {};
-const AXIS = { left: 62, bottom: 30 }, LEVELS = 6;
+const AXIS = { left: 62, bottom: 30 };
 
 function readColours() {
   const style = getComputedStyle(document.documentElement);
@@ -18,8 +18,9 @@ function rebuild() {
   if (state.picked && !items.includes(state.picked)) state.picked = null;
   if (state.focus && !items.includes(state.focus)) state.focus = null;
   const chosen = state.picked ? chosenLinks(links) : links.slice(0, state.edges);
-  scene = { items, links, chosen, world, strokes: strokesOf(chosen), near: state.picked ? nearOf(chosen) : null, top: topEffect(items) };
+  scene = { items, links, chosen, world, near: state.picked ? nearOf(chosen) : null, top: topEffect(items) };
   keptMass(items, links);
+  redrawEdges();
   paint();
 }
 
@@ -34,19 +35,6 @@ function chosenLinks(links) {
 }
 const nearOf = (chosen) => new Set([state.picked, ...chosen.flatMap((link) => [link.source, link.target])]);
 const topEffect = (items) => Math.max(1e-30, ...items.filter((item) => item.kind !== "logit" && !item.members).map((item) => Math.abs(effect(item, state.target))));
-
-// Edges of one sign and one width are one path: a few strokes a frame, however many edges there are.
-function strokesOf(links) {
-  const most = links.reduce((top, link) => Math.max(top, link.share), 1e-30), strokes = new Map();
-  for (const link of links) {
-    const level = Math.ceil(LEVELS * Math.sqrt(link.share / most)), minus = toneOf(link), key = `${level}${minus}`;
-    if (!strokes.has(key)) strokes.set(key, { level: level / LEVELS, minus, path: new Path2D() });
-    const { source: a, target: b } = link, middle = (a.y + b.y) / 2, { path } = strokes.get(key);
-    path.moveTo(a.x, a.y);
-    path.bezierCurveTo(a.x, middle, b.x, middle, b.x, b.y);
-  }
-  return [...strokes.values()].sort((a, b) => a.level - b.level);
-}
 
 let asked = false;
 function paint() { // at most once a frame
@@ -63,8 +51,8 @@ function paintNow() {
   pen.beginPath();
   pen.rect(AXIS.left, 0, size.width - AXIS.left, size.height - AXIS.bottom);
   pen.clip();
+  edgesUnderView();
   pen.transform(view.k, 0, 0, view.k, view.x, view.y);
-  for (const stroke of scene.strokes) drawStroke(stroke);
   hulls();
   pen.textBaseline = "middle";
   for (const item of scene.items) if (inSight(item)) (item.members ? drawPill : drawNode)(item);
@@ -77,16 +65,6 @@ function inSight(item) {
   const { x, y } = toScreen(item), margin = 160 * view.k;
   return x > -margin && y > -margin && x < size.width + margin && y < size.height + margin;
 }
-function drawStroke({ level, minus, path }) {
-  pen.strokeStyle = minus ? ink.minus : ink.plus;
-  pen.lineWidth = (0.5 + 2.6 * level * level) / Math.sqrt(Math.max(view.k, 0.25));
-  pen.globalAlpha = state.picked ? 0.3 + 0.6 * level : 0.1 + 0.55 * level;
-  pen.setLineDash(minus ? [5, 3] : []);
-  pen.stroke(path);
-  pen.setLineDash([]);
-  pen.globalAlpha = 1;
-}
-
 const dimmed = (item) => (state.matches ? !state.matches.has(item) : scene.near ? !scene.near.has(item) : false);
 const radius = (item) => (ranks(item) ? 2.4 + 6 * Math.sqrt(Math.min(1, Math.abs(effect(item, state.target)) / scene.top)) : item.kind === "logit" ? 7 : 5);
 function drawNode(node) {
@@ -99,10 +77,12 @@ function drawNode(node) {
   pen.closePath();
   pen.fillStyle = ranks(node) ? (minus ? ink.minus : ink.plus) : node.kind === "logit" ? ink.ink : node.kind === "embedding" ? ink.page : ink.soft;
   pen.fill();
-  pen.lineWidth = 1.2;
-  pen.strokeStyle = node.kind === "embedding" ? ink.ink : ink.page;
-  pen.stroke();
-  if (node.kind === "logit") text(`${nameOf(node)}  ${number(node.activation)}`, node.x + 13, node.y, ink.ink, 12.5, 600);
+  if (view.k > 0.6 || !ranks(node)) { // below, the rim is thinner than a pixel
+    pen.lineWidth = 1.2;
+    pen.strokeStyle = node.kind === "embedding" ? ink.ink : ink.page;
+    pen.stroke();
+  }
+  if (node.kind === "logit") text(`${nameOf(node)}  ${number(node.activation)}`, node.x + 13, node.y, ink.ink, 12.5 / Math.min(1, view.k), 600);
   else if (ranks(node) && view.k > 1.9) text(`${node.layer}/${node.index}`, node.x, node.y + r + 4.5, ink.soft, 4.4, 400, "center");
   rings(node, (extra) => { pen.beginPath(); pen.arc(node.x, node.y, r + extra, 0, 7); });
   pen.globalAlpha = 1;
@@ -181,6 +161,8 @@ function resize() {
   const box = canvas.parentElement.getBoundingClientRect(), ratio = devicePixelRatio || 1;
   size = { width: box.width, height: box.height };
   Object.assign(canvas, { width: Math.round(box.width * ratio), height: Math.round(box.height * ratio) });
+  Object.assign(layer, { width: canvas.width, height: canvas.height });
+  redrawEdges();
 }
 function fit() {
   const { world } = scene, room = { x: size.width - AXIS.left - 16, y: size.height - AXIS.bottom - 12 };
