@@ -47,8 +47,17 @@ def test_export_writes_the_format(traced, tmp_path, capsys):
     from circuits.export import SCHEMA
 
     out = tmp_path / "graph.json"
+    content = open_folder(traced)
+    (layer, position, neuron), *_ = content.graph.strongest(1)
+    rows = [
+        {"label": "mine", "nodes": [[layer, position, neuron, 0]]},
+        {"label": "none", "nodes": [[0, 99, 0]]},
+    ]
+    (traced / "supernodes.json").write_text(json.dumps({"supernodes": rows}))
     assert main(["export", str(traced), "--to", "neuronpedia", "--out", str(out)]) == 0
-    validate(json.loads(out.read_text()), SCHEMA)
+    exported = json.loads(out.read_text())
+    validate(exported, SCHEMA)
+    assert exported["qParams"]["supernodes"] == [["mine", f"{layer}_{neuron}_{position}"]]
     assert capsys.readouterr().out.strip() == str(out)
 
 

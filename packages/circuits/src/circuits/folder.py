@@ -50,6 +50,20 @@ def open_folder(folder: Path | str) -> GraphFolder:
     return GraphFolder(graph, supernodes, effects)
 
 
+def write_neuronpedia(content: GraphFolder, path: Path | str) -> Path:
+    """Write the graph with its supernodes as one JSON file for circuit-tracer's and Neuronpedia's front ends."""
+    from circuits.export import neuronpedia
+
+    exported = neuronpedia(content.graph)
+    ids = [node["node_id"] for node in exported["nodes"]]
+    named = ((row["label"], members_of(content.graph, row)) for row in content.supernodes)
+    exported["qParams"]["supernodes"] = [
+        [label, *(ids[node] for node in members)] for label, members in named if members
+    ]
+    write_json(Path(path), exported)
+    return Path(path)
+
+
 def graph_folders(root: Path | str) -> list[Path]:
     """Return the folders of graphs at or below a folder, in order; GraphError where there are none."""
     root = Path(root)

@@ -108,15 +108,17 @@ def show(graph: "Graph", console: "Console") -> None:
     )
     for text in lines:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-    table = Table("neuron", "token", "activation", "effect", "what it writes", box=None, header_style="bold")
+    names = ("neuron", "token", "activation", f"effect on {header.targets[0].strip()}", "share", "what it writes")
+    table = Table(*names, box=None, header_style="bold")
+    scale = sum(map(abs, header.target_values)) or 1.0
     for node in graph.strongest_numbers(TABLE):
-        effect = float(graph.total_nK[node].sum())
         token = header.tokens[int(graph.position_n[node])]
         table.add_row(
             graph.label(node),
             token.strip() or repr(token),
             f"{float(graph.activation_n[node]):.3g}",
-            f"{effect:+.3g}",
+            f"{float(graph.total_nK[node, 0]):+.3g}",
+            f"{float(graph.total_nK[node].abs().sum()) / scale:.1%}",
             header.notes.get(str(node), ""),
         )
     console.print(table, markup=False, highlight=False)
