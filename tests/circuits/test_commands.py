@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from circuits.cli import COMMANDS, main
-from circuits.folder import open_folder
+from circuits.folder import open_folder, write_neuronpedia
 
 MODEL = "random:qwen2"
 
@@ -55,10 +55,19 @@ def test_export_writes_the_format(traced, tmp_path, capsys):
     ]
     (traced / "supernodes.json").write_text(json.dumps({"supernodes": rows}))
     assert main(["export", str(traced), "--to", "neuronpedia", "--out", str(out)]) == 0
+    validate(json.loads(out.read_text()), SCHEMA)
+    write_neuronpedia(open_folder(traced), out)
     exported = json.loads(out.read_text())
     validate(exported, SCHEMA)
     assert exported["qParams"]["supernodes"] == [["mine", f"{layer}_{neuron}_{position}"]]
     assert capsys.readouterr().out.strip() == str(out)
+
+
+def test_check_tells_the_conservation_error(capsys):
+    assert main(["check", MODEL, "--dtype", "float64"]) == 0
+    told = capsys.readouterr().out
+    assert "qwen2 in float64" in told
+    assert float(told.split("conserved to ")[1].split()[0]) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -74,6 +83,7 @@ def test_export_writes_the_format(traced, tmp_path, capsys):
         (["trace", "--model", "{new}/absent", "--prompt", "x", "--out", "{new}"], "absent"),
         (["export", "{new}", "--to", "neuronpedia", "--out", "{new}/x"], "holds no graph"),
         (["export", "{full}", "--to", "neuronpedia", "--out", "{full}"], "is a folder"),
+        (["check", "{new}/absent"], "absent"),
         (["view", "{new}"], "is no folder"),
         (["view", "{full}"], "holds no graph"),
     ],

@@ -5,11 +5,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from circuits.folder import GraphFolder, open_folder, write_neuronpedia
+from circuits.export import write_neuronpedia
+from circuits.graph import Graph
 from shared.errors import UserError
 
-# Name of a format -> what writes a graph's folder to a file in it.
-FORMATS: dict[str, Callable[[GraphFolder, Path], Path]] = {"neuronpedia": write_neuronpedia}
+# Name of a format -> what writes a graph to a file in it.
+FORMATS: dict[str, Callable[[Graph, Path], Path]] = {"neuronpedia": write_neuronpedia}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Namespace) -> int:
     """Write the file and print its path."""
+    from circuits.folder import open_folder
+
     if arguments.out.is_dir():
         raise UserError(f"--out {arguments.out} is a folder; give a file")
-    print(FORMATS[arguments.to](open_folder(arguments.graph), arguments.out))
+    content = open_folder(arguments.graph)
+    print(FORMATS[arguments.to](content.graph, arguments.out))
     return 0

@@ -35,10 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the graph and its page go")
 
 
-def add_model(parser: argparse.ArgumentParser, default: str | None = "tinyworld") -> None:
-    """The options that say which model, shared by the commands."""
+def add_model(parser: argparse.ArgumentParser, default: str | None = "tinyworld", name: bool = True) -> None:
+    """The options that say which model (without its name where that is no option), shared by the commands."""
     add = parser.add_argument
-    add("--model", default=default, help="tinyworld, random:FAMILY, a folder, or a Hugging Face id")
+    if name:
+        add("--model", default=default, help="tinyworld, random:FAMILY, a folder, or a Hugging Face id")
     add("--dtype", default="float32", help="float32, bfloat16, float64 (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda:0 ... (default: %(default)s)")
 
@@ -108,7 +109,14 @@ def show(graph: "Graph", console: "Console") -> None:
     )
     for text in lines:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-    names = ("neuron", "token", "activation", f"effect on {header.targets[0].strip()}", "share", "what it writes")
+    names = (
+        "neuron",
+        "token",
+        "activation",
+        f"effect on {header.targets[0].strip()}",
+        "share",
+        "what it writes",
+    )
     table = Table(*names, box=None, header_style="bold")
     scale = sum(map(abs, header.target_values)) or 1.0
     for node in graph.strongest_numbers(TABLE):
