@@ -22,15 +22,18 @@ NAMES = {
     "ig_inputs": "IG on inputs",
     "conductance": "conductance",
     "exact": "exact patching",
-    "activation": "|activation|",
+    "relp_no_half": "RelP, no half rule",
+    "relp_gate_detached": "RelP, gate detached",
+    "relp_qk_open": "RelP, QK open",
+    "relp_norm_open": "RelP, norm open",
+    "relp_ig": "RelP along a path",
+    "activation": "|activation - reference|",
     "magnitude": "|activation|",
-    "difference": "activation difference",
     "random": "random",
 }
-CONTROLS = ("random", "activation", "magnitude", "difference")
+CONTROLS = {"random": "#8C8C8C", "activation": "#5A5A5A", "magnitude": "#B0B0B0"}  # with their greys
 KINDS = {"faithfulness": 1.0, "completeness": 0.0}  # with the ideal value
 MARKERS = "osD^vP*X"
-GREYS = {"random": "#8C8C8C", "activation": "#5A5A5A", "magnitude": "#5A5A5A", "difference": "#B0B0B0"}
 
 SETTINGS = ("pipeline", "settings", "model")  # where a row of `shared.collect` has what a sweep varies
 
@@ -121,7 +124,7 @@ def _looks(names: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     free = iter(zip(PALETTE, MARKERS, strict=False))
     for name in names:
         if name in CONTROLS:
-            yield {"color": GREYS[name], "linestyle": "--", "marker": ".", "zorder": 1.5}
+            yield {"color": CONTROLS[name], "linestyle": "--", "marker": ".", "zorder": 1.5}
         else:
             colour, marker = next(free)
             yield {"color": colour, "marker": marker}
