@@ -8,6 +8,7 @@ import pytest
 
 from circuits.cli import COMMANDS, main
 from circuits.folder import open_folder, write_neuronpedia
+from shared.serialize import plain
 
 MODEL = "random:qwen2"
 
@@ -37,7 +38,7 @@ def test_trace_writes_graph_page_and_effects(traced, capsys, tmp_path):
     assert f"page: {traced / 'index.html'}" in printed
     assert "demeaned logit" in printed
     content = open_folder(traced)
-    assert content.supernodes == supernodes["supernodes"]
+    assert plain(content.supernodes) == supernodes["supernodes"]
     assert sorted(content.effects[-1]["nodes"]) == sorted(content.graph.strongest_numbers(2))
 
 
@@ -51,7 +52,7 @@ def test_export_writes_the_format(traced, tmp_path, capsys):
     (layer, position, neuron), *_ = content.graph.strongest(1)
     rows = [
         {"label": "mine", "nodes": [[layer, position, neuron, 0]]},
-        {"label": "none", "nodes": [[0, 99, 0]]},
+        {"label": "none", "nodes": [[0, 99, 0, 0]]},
     ]
     (traced / "supernodes.json").write_text(json.dumps({"supernodes": rows}))
     assert main(["export", str(traced), "--to", "neuronpedia", "--out", str(out)]) == 0

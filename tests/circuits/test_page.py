@@ -8,8 +8,10 @@ import torch
 
 from circuits.folder import GraphFolder, members_of, open_folder, with_effects
 from circuits.graph import LOGIT, NEURON
+from circuits.supernodes import Supernode
 from circuits.tracing import trace
 from circuits.view import page, page_data, write_page
+from shared.errors import UserError
 from shared.models import ModelConfig, load
 
 PROMPT = "the </script> cat & dog"
@@ -25,8 +27,8 @@ def content(model) -> GraphFolder:
     graph = trace(model, PROMPT, top_k=3, max_nodes=60, max_edges=600)
     strongest = graph.strongest(6)
     rows = [
-        {"label": "first & <best>", "nodes": [[*place, 0] for place in strongest[:3]]},
-        {"label": "second", "nodes": [[layer, None, neuron, 0] for layer, _, neuron in strongest[3:5]]},
+        Supernode("first & <best>", [(*place, 0) for place in strongest[:3]]),
+        Supernode("second", [(layer, None, neuron, 0) for layer, _, neuron in strongest[3:5]]),
     ]
     return with_effects(model, graph, rows)
 
@@ -199,7 +201,8 @@ def test_supernodes_are_made_named_changed_and_written(open_page, content):
     open_page.evaluate("readSupernodes(JSON.parse(JSON.stringify(writtenSupernodes())))")
     assert open_page.evaluate("writtenSupernodes()")["supernodes"] == written
     for row, before in zip(written, content.supernodes, strict=False):
-        assert members_of(content.graph, row) == members_of(content.graph, before)
+        after = Supernode(row["label"], [tuple(place) for place in row["nodes"]])
+        assert members_of(content.graph, after) == members_of(content.graph, before)
     open_page.evaluate("openFile(new File(['{'], 'x.json'))")
     assert "cannot be read" in open_page.evaluate("byId('said').textContent")
 
@@ -314,20 +317,18 @@ def test_strongest_paths_are_those_of_all_paths(open_page, content):
 
 
 def test_folder_round_trip_and_faults(content, folder, tmp_path):
-    from circuits.graph import GraphError
-
     again = open_folder(folder)
     assert again.supernodes == content.supernodes
     assert again.effects == json.loads(json.dumps(content.effects))
     assert torch.equal(again.graph.weight_e, content.graph.weight_e)
     for text, reason in [
-        ("{", "not JSON"),
-        ("[]", "supernodes"),
-        ('{"supernodes": [{"label": "a"}]}', "supernode 0 needs"),
-        ('{"supernodes": [{"label": "a", "nodes": [[1, 2]]}]}', r"has the node \[1, 2\]"),
-        ('{"supernodes": [{"label": "a", "nodes": [[1, 2, true]]}]}', "has the node"),
+        ("{", "supernodes.json holds no supernodes"),
+        ("[]", "missing key 'supernodes'"),
+        ('{"supernodes": [{"label": "a"}]}', "missing key"),
+        ('{"supernodes": [{"label": "a", "nodes": [[1, 2]]}]}', "nodes"),
+        ('{"supernodes": [{"label": "a", "nodes": [[1, 2, "x", 0]]}]}', "nodes"),
     ]:
         copy = content.graph.save(tmp_path / "copy")
         (copy / "supernodes.json").write_text(text)
-        with pytest.raises(GraphError, match=reason):
+        with pytest.raises(UserError, match=reason):
             open_folder(copy)

@@ -1,20 +1,22 @@
 """A graph's folder: what belongs to one graph, in files that stand beside each other.
 
     graph.json, graph.safetensors   the graph (circuits.graph)
-    supernodes.json                 {"supernodes": [{"label": str, "nodes": [[layer, position or null, neuron, sign]]}]}
+    supernodes.json                 labelled groups of neurons (circuits.supernodes)
     effects.json                    {"effects": [...]}, what scaling does (circuits.effects)
     index.html                      the page
 
-A supernode names neurons, not numbers of nodes, so that its file fits other graphs of the same model: position null is
-every position, sign 0 (or left out) either sign of the activation.
+A supernode names neurons, not numbers of nodes, so that its file fits other graphs of the same model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from circuits.graph import NEURON, Graph, GraphError, load_graph
+from circuits.supernodes import Supernode, Supernodes, read_supernodes, write_supernodes
 from circuits.view import write_page
 from shared.serialize import read_json, write_json
 
@@ -26,16 +28,16 @@ SUPERNODES, EFFECTS, PAGE = "supernodes.json", "effects.json", "index.html"
 
 @dataclass(frozen=True)
 class GraphFolder:
-    """A graph with its supernodes and effects, as rows of their files."""
+    """A graph with its supernodes, and its effects as rows of their file."""
 
     graph: Graph
-    supernodes: list[dict[str, Any]] = field(default_factory=list)
+    supernodes: list[Supernode] = field(default_factory=list)
     effects: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path | str, title: str | None = None) -> Path:
         """Write all files into the folder; returns the folder."""
         folder = self.graph.save(folder)
-        write_json(folder / SUPERNODES, {"supernodes": self.supernodes})
+        write_supernodes(folder / SUPERNODES, Supernodes(self.supernodes))
         write_json(folder / EFFECTS, {"effects": self.effects})
         write_page(self.graph, folder / PAGE, title, supernodes=self.supernodes, effects=self.effects)
         return folder
@@ -45,7 +47,7 @@ def open_folder(folder: Path | str) -> GraphFolder:
     """Read a graph's folder; supernodes and effects may be absent. GraphError says what is wrong with a file."""
     folder = Path(folder)
     graph = load_graph(folder)
-    supernodes = read_supernodes(folder / SUPERNODES) if (folder / SUPERNODES).exists() else []
+    supernodes = read_supernodes(folder / SUPERNODES).supernodes if (folder / SUPERNODES).exists() else []
     effects = _rows(folder / EFFECTS, "effects") if (folder / EFFECTS).exists() else []
     return GraphFolder(graph, supernodes, effects)
 
@@ -56,7 +58,7 @@ def write_neuronpedia(content: GraphFolder, path: Path | str) -> Path:
 
     exported = neuronpedia(content.graph)
     ids = [node["node_id"] for node in exported["nodes"]]
-    named = ((row["label"], members_of(content.graph, row)) for row in content.supernodes)
+    named = ((one.label, members_of(content.graph, one)) for one in content.supernodes)
     exported["qParams"]["supernodes"] = [
         [label, *(ids[node] for node in members)] for label, members in named if members
     ]
@@ -75,54 +77,27 @@ def graph_folders(root: Path | str) -> list[Path]:
     return found
 
 
-def with_effects(model: "Model", graph: Graph, supernodes: Sequence[Mapping[str, Any]] = ()) -> GraphFolder:
+def with_effects(model: "Model", graph: Graph, supernodes: Sequence[Supernode] = ()) -> GraphFolder:
     """Return the graph with what scaling its strongest neurons and its supernodes does to the answer."""
     from circuits.effects import precompute
 
-    groups = [members for row in supernodes if (members := members_of(graph, row))]
-    return GraphFolder(graph, [dict(row) for row in supernodes], precompute(model, graph, groups))
+    groups = [members for one in supernodes if (members := members_of(graph, one))]
+    return GraphFolder(graph, list(supernodes), precompute(model, graph, groups))
 
 
-def members_of(graph: Graph, supernode: Mapping[str, Any]) -> list[int]:
+def members_of(graph: Graph, supernode: Supernode) -> list[int]:
     """Return the numbers of the graph's nodes that a supernode names."""
-    columns = (graph.kind_n, graph.layer_n, graph.position_n, graph.index_n, graph.activation_n < 0)
-    found = []
-    for node, (kind, layer, position, index, minus) in enumerate(zip(*map(_list, columns), strict=True)):
-        for place in supernode["nodes"] if kind == NEURON else ():
-            sign = place[3] if len(place) > 3 else 0
-            fits_sign = not sign or (sign < 0) == minus
-            if (layer, index) == (place[0], place[2]) and place[1] in (None, position) and fits_sign:
-                found.append(node)
-                break
-    return found
+    signs = torch.where(graph.activation_n < 0, -1, 1)
+    columns = (graph.kind_n, graph.layer_n, graph.position_n, graph.index_n, signs)
+    rows = list(zip(*(column.tolist() for column in columns), strict=True))
 
+    def named(layer: int, position: int, neuron: int, sign: int) -> bool:
+        return any(
+            (layer, neuron) == (place[0], place[2]) and place[1] in (None, position) and place[3] in (0, sign)
+            for place in supernode.nodes
+        )
 
-def read_supernodes(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of supernodes; GraphError names the first one that is none."""
-    return check_supernodes(_rows(path, "supernodes"), str(path))
-
-
-def check_supernodes(rows: Any, source: str) -> list[dict[str, Any]]:
-    """Return rows that are supernodes, without what else they hold; GraphError names the first one that is none."""
-    if not isinstance(rows, list):
-        raise GraphError(f'{source}: "supernodes" must be a list')
-    for number, row in enumerate(rows):
-        places = row.get("nodes") if isinstance(row, dict) else None
-        if not (places and isinstance(places, list) and isinstance(row.get("label"), str)):
-            raise GraphError(f"{source}: supernode {number} needs a label and a list of nodes")
-        for place in places:
-            if not _is_place(place):
-                raise GraphError(
-                    f"{source}: supernode {number} ({row['label']}) has the node {place!r}; expected [layer, position "
-                    "or null, neuron, sign]"
-                )
-    return [{"label": row["label"], "nodes": row["nodes"]} for row in rows]
-
-
-def _is_place(place: Any) -> bool:
-    if not isinstance(place, list) or len(place) not in (3, 4):
-        return False
-    return all(type(entry) is int or (i == 1 and entry is None) for i, entry in enumerate(place))
+    return [number for number, (kind, *place) in enumerate(rows) if kind == NEURON and named(*place)]
 
 
 def _rows(path: Path, key: str) -> list[dict[str, Any]]:
@@ -133,7 +108,3 @@ def _rows(path: Path, key: str) -> list[dict[str, Any]]:
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise GraphError(f'{path} must hold one object with the list "{key}"')
     return content[key]
-
-
-def _list(column: Any) -> list[Any]:
-    return column.tolist()

@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuits.effects import Outcome, outcomes
-from circuits.folder import (
-    SUPERNODES,
-    GraphFolder,
-    check_supernodes,
-    graph_folders,
-    open_folder,
-    with_effects,
-)
+from circuits.folder import SUPERNODES, GraphFolder, graph_folders, open_folder, with_effects
 from circuits.graph import NEURON, Graph, GraphError
+from circuits.supernodes import Supernodes, write_supernodes
 from circuits.tracing import trace
+from shared.config import ConfigError, to_dataclass
 from shared.errors import UserError
 from shared.models import Model, ModelConfig, load
-from shared.serialize import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,11 +84,14 @@ class Library:
             "dots": thumbnail(graph),
         }
 
-    def save_supernodes(self, name: str, content: Any) -> int:
+    def save_supernodes(self, name: str, content: dict[str, Any]) -> int:
         """Check and write a graph's supernodes; returns how many there are."""
-        rows = check_supernodes(content.get("supernodes") if isinstance(content, dict) else None, SUPERNODES)
-        write_json(self.folder(name) / SUPERNODES, {"supernodes": rows})
-        return len(rows)
+        try:
+            found = to_dataclass(Supernodes, content)
+        except ConfigError as error:
+            raise UserError(f"no supernodes: {error}") from error
+        write_supernodes(self.folder(name) / SUPERNODES, found)
+        return len(found.supernodes)
 
     def scale(self, name: str, places: list[list[int]], factor: float) -> Outcome:
         """Run the graph's prompt with the neurons [layer, position, neuron] multiplied by a factor."""

@@ -37,7 +37,6 @@ from circuits.sweeps import SweepPoint, sweep
 from circuits.tasks import PairBatch
 from shared.models import Model
 from shared.runs import Run
-from shared.serialize import plain
 
 if TYPE_CHECKING:
     from circuits.pipeline import CircuitTracingConfig
@@ -100,7 +99,7 @@ def _beside_graph(study: Study, content: Supernodes, folder: Path) -> None:
     if path.exists() and read_supernodes(path) == content:
         return
     graph = load_graph(folder)
-    whole = with_effects(study.model, graph, plain(content.supernodes))
+    whole = with_effects(study.model, graph, content.supernodes)
     whole.save(folder, f"{study.name}: {graph.header.prompt} ...")
     write_supernodes(path, content)
 

@@ -14,6 +14,7 @@ from circuits.attribution import top_nodes
 from circuits.edge_circuits import edge_scores
 from circuits.edges import Neurons
 from circuits.faithfulness import CurvePoint
+from circuits.folder import with_effects
 from circuits.graph import Graph, load_graph
 from circuits.pathways import neuron_activations, pathway_edits
 from circuits.steering import answer, changed_answers, matched_random, nodes_of
@@ -26,7 +27,6 @@ from circuits.study import (
     pose_pairs,
 )
 from circuits.tracing import trace_problem
-from circuits.view import write_page
 from shared.runs import Run, config_hash
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def graph_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> Graph
         limits = {"threshold": config.threshold, "max_nodes": config.max_nodes, "max_edges": config.max_edges}
         with stage as path:
             graph = trace_problem(problem, row, names, **limits)  # type: ignore[arg-type]
-            write_page(graph, graph.save(path) / "index.html", title=f"{study.name}: {pair.clean} ...")
+            with_effects(study.model, graph).save(path, f"{study.name}: {pair.clean} ...")
     return load_graph(stage.path)
 
 

@@ -5,8 +5,7 @@ of their effect on the chosen target. The page is assets/graph.html with the scr
 the data put in. Its Content-Security-Policy allows this very script and style, by hash, and no address; a page that
 `circuits view` serves may speak to that server (`live`).
 
-Supernodes are rows of the file supernodes.json, `{"label": ..., "nodes": [[layer, position or null, neuron, sign]]}`;
-effects come from `circuits.effects`.
+Supernodes are those of `circuits.supernodes`; effects come from `circuits.effects`.
 """
 
 import base64
@@ -16,11 +15,14 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from circuits.graph import KINDS, Graph
 from shared.plots import PALETTE
 from shared.serialize import atomic_path, plain
+
+if TYPE_CHECKING:
+    from circuits.supernodes import Supernode
 
 SCRIPTS = ("model.js", "layout.js", "edges.js", "paint.js", "panel.js", "groups.js", "main.js")
 DIGITS = 6  # significant ones of an edge's weight in the page
@@ -31,7 +33,7 @@ def write_page(
     path: Path | str,
     title: str | None = None,
     *,
-    supernodes: Sequence[Mapping[str, Any]] = (),
+    supernodes: "Sequence[Supernode]" = (),
     effects: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write the graph's page; returns its path."""
@@ -46,7 +48,7 @@ def page(
     graph: Graph,
     title: str,
     *,
-    supernodes: Sequence[Mapping[str, Any]] = (),
+    supernodes: "Sequence[Supernode]" = (),
     effects: Sequence[Mapping[str, Any]] = (),
     live: str | None = None,
 ) -> str:

@@ -49,11 +49,12 @@ def main(arguments: Namespace) -> int:
     from rich.console import Console
 
     check(arguments)
-    from circuits.folder import read_supernodes, with_effects
+    from circuits.folder import with_effects
+    from circuits.supernodes import read_supernodes
     from circuits.tracing import trace
     from shared.models import ModelConfig, load
 
-    supernodes = read_supernodes(arguments.supernodes) if arguments.supernodes else []
+    supernodes = read_supernodes(arguments.supernodes).supernodes if arguments.supernodes else []
     console = Console()
     with console.status(f"loading {arguments.model}") as status:
         model = load(ModelConfig(arguments.model, dtype=arguments.dtype, device=arguments.device))
