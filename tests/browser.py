@@ -179,12 +179,12 @@ class Page:
         """Wait for two animation frames: what an event changed is then drawn."""
         self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
-    def wait_for(self, expression: str, timeout: float = PATIENCE) -> Any:
-        """The first true value of the expression; TimeoutError names it."""
+    def wait_for(self, expression: str, timeout: float = PATIENCE) -> None:
+        """Wait until JavaScript takes the expression for true; TimeoutError names it."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if value := self.evaluate(expression):
-                return value
+            if self.evaluate(f"Boolean({expression})"):
+                return
             time.sleep(0.05)
         raise TimeoutError(f"not true within {timeout:.0f} s: {expression}; errors so far: {self.errors}")
 
