@@ -2,7 +2,7 @@
 // view moves, the layer is moved with it as it is; it is drawn anew when the view has come to rest. So a frame costs the
 // same for any number of edges.
 const layer = document.createElement("canvas"), brush = layer.getContext("2d");
-const LEVELS = 6, PART = 250, QUICK = 18, SLOW = 34, FEW = 60, PAUSE = 120;
+const LEVELS = 6, PART = 250, QUICK = 18, SLOW = 34, FEW = 60, ATONCE = 24, PAUSE = 120;
 let drawn = { view: null, strokes: [], next: 0, budget: 4 }, lastFrame = 0, moved = 0;
 
 function redrawEdges() { drawn = { ...drawn, view: null, strokes: strokesOf(scene.chosen), next: 0 }; }
@@ -33,7 +33,8 @@ function edgesUnderView() {
   if (drawn.next < drawn.strokes.length && sameView(drawn.view, view)) {
     if (took < QUICK) drawn.budget = Math.min(16, drawn.budget + 1);
     else if (took > SLOW) drawn.budget = Math.max(1, drawn.budget >> 1);
-    for (let i = 0; i < drawn.budget && drawn.next < drawn.strokes.length; i++) drawStroke(drawn.strokes[drawn.next++]);
+    const part = drawn.strokes.length <= ATONCE ? ATONCE : drawn.budget;
+    for (let i = 0; i < part && drawn.next < drawn.strokes.length; i++) drawStroke(drawn.strokes[drawn.next++]);
     if (drawn.next < drawn.strokes.length) paint();
   }
   const ratio = view.k / drawn.view.k;

@@ -82,7 +82,7 @@ function drawNode(node) {
     pen.strokeStyle = node.kind === "embedding" ? ink.ink : ink.page;
     pen.stroke();
   }
-  if (node.kind === "logit") text(`${nameOf(node)}  ${number(node.activation)}`, node.x + 13, node.y, ink.ink, 12.5 / Math.min(1, view.k), 600);
+  if (node.kind === "logit") text(`${nameOf(node)}  ${number(node.activation)}`, node.x + 7 + 7 / view.k, node.y, ink.ink, 13 / view.k, 600);
   else if (ranks(node) && view.k > 1.9) text(`${node.layer}/${node.index}`, node.x, node.y + r + 4.5, ink.soft, 4.4, 400, "center");
   rings(node, (extra) => { pen.beginPath(); pen.arc(node.x, node.y, r + extra, 0, 7); });
   pen.globalAlpha = 1;
@@ -166,8 +166,9 @@ function resize() {
 }
 function fit() {
   const { world } = scene, room = { x: size.width - AXIS.left - 16, y: size.height - AXIS.bottom - 12 };
-  const labels = Math.max(0, ...scene.items.filter((item) => item.kind === "logit").map((item) => item.x + 24 + 7.6 * (nameOf(item).length + 7)));
-  const width = Math.max(world.width, labels), k = Math.min(1.6, Math.max(0.05, Math.min(room.x / width, room.y / world.height)));
-  view = { k, x: AXIS.left + 4 + Math.max(0, (room.x - width * k) / 2), y: 8 + Math.max(0, (room.y - world.height * k) / 2) };
+  // The targets' names keep their size on the screen.
+  const named = scene.items.filter((item) => item.kind === "logit").map((item) => (room.x - 30 - 7.6 * (nameOf(item).length + 8)) / item.x);
+  const k = Math.min(1.6, Math.max(0.05, Math.min(room.x / world.width, room.y / world.height, ...named)));
+  view = { k, x: AXIS.left + 4 + Math.max(0, (room.x - world.width * k) / 3), y: 8 + Math.max(0, (room.y - world.height * k) / 2) };
   paint();
 }
