@@ -1,18 +1,12 @@
-"""Nine ridge probes a layer from one streamed factorisation, against scikit-learn's Ridge in a loop; and its memory.
+"""Nine ridge probes a layer from one streamed factorisation, against scikit-learn's Ridge in a loop.
 
-Two measurements. Ratio: both sides fit every dimension at every layer at one strength, from the same float32 shards on
-disk, in double precision, interleaved by layer; the sides must give equal coefficients (`TOLERANCE`), or the comparison
-is void. scikit-learn's loop reads a layer once and fits one Ridge a dimension; a third side hands it all dimensions at
-once, which a loop over dimensions does not, so that what the shared factorisation gains is seen apart from the rest.
-Memory: a process of its own opens a store of other size and chooses among all strengths at every layer; its peak
-resident memory, mapped pages included, is read from the operating system.
+Every side fits every dimension at every layer at one strength, from the same float32 shards on disk, in double
+precision, interleaved by layer; the sides must give equal coefficients (`TOLERANCE`), or the comparison is void.
+scikit-learn's loop reads a layer once and fits one Ridge a dimension; a third side hands it all dimensions at once,
+which a loop over dimensions does not, so that what the shared factorisation gains is seen apart from the rest.
 """
 
-import json
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
@@ -25,37 +19,31 @@ import torch
 
 from assumptions.ridge import Factors
 from assumptions.rows import gather
-from assumptions.selection import choose
-from assumptions.splits import Split
 from assumptions.store import ActivationStore, Origin
 
 CLAIM = (
     "One streamed pass and one factorisation a layer for all dimensions, against scikit-learn's Ridge fitted dimension "
-    "by dimension: double precision on all sides, equal coefficients; and the memory that 100,000 rows need."
+    "by dimension: double precision on all sides, equal coefficients."
 )
-KEYS = ("ridge_over_sklearn_loop", "ridge_peak_gib")
+KEYS = ("ridge_over_sklearn_loop",)
 STRENGTH = 10.0  # the paper's
 TOLERANCE = 1e-8  # largest difference of a coefficient, as a share of the largest coefficient
 SIDES = ("streamed", "sklearn_loop", "sklearn_all_at_once")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The sizes; the whole claim is --ratio-rows 100000 --ratio-width 4096 --ratio-layers 32, and 32 peak layers."""
-    parser.add_argument("--ratio-rows", type=int, default=20_000)
+    """The sizes; the whole claim is --ratio-rows 100000 --ratio-width 4096 --ratio-layers 32."""
+    parser.add_argument("--ratio-rows", type=int, default=10_000)
     parser.add_argument("--ratio-width", type=int, default=1024)
     parser.add_argument("--ratio-layers", type=int, default=4)
-    parser.add_argument("--peak-rows", type=int, default=100_000)
-    parser.add_argument("--peak-width", type=int, default=4096)
-    parser.add_argument("--peak-layers", type=int, default=1)
     parser.add_argument("--dimensions", type=int, default=9)
     parser.add_argument("--scratch", help="folder for the shards (default: a temporary one)")
 
 
 def measure(arguments: Namespace) -> dict[str, Any]:
-    """Both measurements: single layers, ratios and the peak."""
+    """Seconds of every side at every layer, and their ratio."""
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        layers = list(_ratio(Path(scratch) / "ratio", arguments))
-        peak = _peak(Path(scratch) / "peak", arguments)
+        layers = list(_measured(Path(scratch), arguments))
     total = {side: sum(layer[side] for layer in layers) for side in SIDES}
     single = [layer["sklearn_loop"] / layer["streamed"] for layer in layers]
     return {
@@ -65,42 +53,28 @@ def measure(arguments: Namespace) -> dict[str, Any]:
         "ratio_by_layer": {"median": statistics.median(single), "low": min(single), "high": max(single)},
         "over_sklearn_all_at_once": total["sklearn_all_at_once"] / total["streamed"],
         "largest_difference": max(layer["difference"] for layer in layers),
-        "ridge_peak_gib": peak["peak_gib"],
-        "peak": peak,
     }
 
 
 def table(measured: dict[str, Any], arguments: Namespace) -> list[dict[str, Any]]:
-    """One row a side, and one for the memory."""
-    size = f"{arguments.ratio_rows:,} x {arguments.ratio_width:,}, {arguments.ratio_layers} layers"
-    size += f", {arguments.dimensions} dimensions"
-    rows = [
-        {
-            "side": side,
-            "on": size,
-            "seconds": measured["seconds"][side],
-            "times streamed": measured["seconds"][side] / measured["seconds"]["streamed"],
-            "peak GiB": None,
-        }
-        for side in SIDES
-    ]
-    peak = measured["peak"]
-    size = (
-        f"{arguments.peak_rows:,} x {arguments.peak_width:,}, {arguments.peak_layers} layers, all strengths"
-    )
-    rows.append(
-        {
-            "side": "streamed, a process of its own",
-            "on": size,
-            "seconds": peak["seconds"],
-            "times streamed": None,
-            "peak GiB": peak["peak_gib"],
-        }
-    )
+    """One row a side."""
+    rows = []
+    for side in SIDES:
+        by_layer = [layer[side] / layer["streamed"] for layer in measured["layers"]]
+        rows.append(
+            {
+                "side": side,
+                "seconds": measured["seconds"][side],
+                "times streamed": measured["seconds"][side] / measured["seconds"]["streamed"],
+                "lowest of a layer": min(by_layer),
+                "highest": max(by_layer),
+                "largest difference": measured["largest_difference"],
+            }
+        )
     return rows
 
 
-def _ratio(folder: Path, arguments: Namespace) -> Iterator[dict[str, float]]:
+def _measured(folder: Path, arguments: Namespace) -> Iterator[dict[str, float]]:
     """Seconds of every side at every layer, and the largest difference between their coefficients."""
     from sklearn.linear_model import Ridge
 
@@ -152,32 +126,3 @@ def planted_store(
         ]
         store.append(pooled, [f"{start + i:016x}" for i in range(len(part_BK))])
     return store, labels_BK.double()
-
-
-def _peak(folder: Path, arguments: Namespace) -> dict[str, Any]:
-    """Peak memory and seconds of a process that chooses probes from the store."""
-    planted_store(
-        folder, arguments.peak_rows, arguments.peak_width, arguments.peak_layers, arguments.dimensions
-    )
-    command = [sys.executable, __file__, str(folder), str(arguments.dimensions)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
-    return result
-
-
-def fit_and_tell(folder: Path, dimensions: int) -> None:
-    """Choose a read-out a dimension among all layers and strengths; print peak memory and seconds as JSON."""
-    store = ActivationStore(folder)
-    rows = len(store)
-    labels_BK = torch.rand(rows, dimensions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    ends = [0, rows * 8 // 10, rows * 9 // 10, rows]
-    split = Split(*(list(range(*ends[i : i + 2])) for i in range(3)))
-    start = time.perf_counter()
-    chosen = choose([store.at([site]) for site in store.sites], labels_BK, split)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"peak_gib": peak, "seconds": seconds, "probes": len(chosen)}))
-
-
-if __name__ == "__main__":
-    fit_and_tell(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,20 +1,23 @@
 """Probes and elicitation at scale, each against its named baseline; the last line of output is one JSON object.
 
-    python benchmarks/assumptions_speed.py                 # ridge: streamed factorisation against scikit-learn's loop
-    python benchmarks/assumptions_speed.py --ratio-rows 100000 --ratio-width 4096 --ratio-layers 32 --peak-layers 32
+    python benchmarks/assumptions_speed.py
+    python benchmarks/assumptions_speed.py --only ridge --ratio-rows 100000 --ratio-width 4096 --ratio-layers 32
 
-Keys of that object: `ridge_over_sklearn_loop` (times faster, equal coefficients) and `ridge_peak_gib` (peak resident
-memory of a process that fits from disk). A part is a module with add_arguments, measure, table, CLAIM and KEYS.
+Keys of that object: `ridge_over_sklearn_loop` (times faster, equal coefficients), `ridge_peak_gib` (peak resident
+memory of a process that fits from disk), `vllm_over_hf` (elicited messages a second). A part is a module with
+add_arguments, measure, table, CLAIM and KEYS.
 """
 
 import argparse
 import json
 from typing import Any
 
+import _assumptions_elicitation
+import _assumptions_memory
 import _assumptions_ridge
 from _results import write_results
 
-PARTS = {"ridge": _assumptions_ridge}
+PARTS = {"ridge": _assumptions_ridge, "memory": _assumptions_memory, "elicitation": _assumptions_elicitation}
 
 
 def main() -> None:

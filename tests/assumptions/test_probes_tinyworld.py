@@ -16,13 +16,13 @@ from shared.models import load
 from shared.tinyworld import social
 
 BLOCK = 1  # where the nine directions were planted
-SPLIT = Split(list(range(1100)), list(range(1100, 1300)), list(range(1300, 1800)))
+SPLIT = Split(list(range(500)), list(range(500, 560)), list(range(560, 800)))
 
 
 @pytest.fixture(scope="module")
 def world():
     """Messages, their posterior means and latents (B 9), and what the model holds before and at the planted block."""
-    turns = social.sample_turns(1800, seed=5)
+    turns = social.sample_turns(800, seed=5)
     order = [social.DIMENSIONS.index(name) for name in NAMES]
     posterior, latents = (
         torch.from_numpy(np.array([getattr(turn, name)[order] for turn in turns], dtype=float))
@@ -45,7 +45,7 @@ def test_the_read_out_is_within_two_hundredths_of_the_ceiling(world):
     ceiling = r2(posterior[SPLIT.test], latents[SPLIT.test])
     assert float((ceiling - read).abs().max()) < 0.02
     cues = social.CUES
-    assert float(ceiling.mean()) == pytest.approx(cues / (cues + 2), abs=0.03)
+    assert float(ceiling.mean()) == pytest.approx(cues / (cues + 2), abs=0.04)
 
 
 def test_words_embeddings_and_shuffled_labels_stay_far_below(world):
