@@ -150,7 +150,6 @@ class TestSteeredReplies:
         ({"steering": SteeringSettings(dimensions=["kindness"])}, "no dimension"),
         ({"steering": SteeringSettings(doses=[1.0, 2.0, 3.0])}, "needs 0"),
         ({"elicitation": ElicitationSettings(samples=4)}, "temperature"),
-        ({"data": "mine.csv"}, "judge.kind=server"),
         ({"data": "mine.csv", "judge": JudgeSettings("server")}, "judge.url"),
         ({"data": "mine.csv", "judge": JudgeSettings("local")}, "judge.model"),
     ],

@@ -115,9 +115,14 @@ def _cut_torn_line(path: Path) -> None:
             file.truncate(whole)
 
 
+def answers_name(kind: str, question: dict[str, Any]) -> str:
+    """The name of the file of the answers to one question."""
+    return f"{kind}-{config_hash(question)}.jsonl"
+
+
 def answers_path(run: Run, kind: str, question: dict[str, Any]) -> Path:
     """The file of the answers to one question; without `run.resume` a former run's is removed."""
-    path = run.path(f"{kind}-{config_hash(question)}.jsonl")
+    path = run.path(answers_name(kind, question))
     if not run.resume:
         path.unlink(missing_ok=True)
     return path

@@ -1,9 +1,18 @@
-"""The figures of the study's report: agreement and probes by dimension, curves over blocks, dose-response."""
+"""The figures of the study's report.
+
+Agreement and probes by dimension, curves over blocks, dose-response with controls, the specificity of directions, and
+what less sycophancy costs.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from assumptions.doses import Curve
+import numpy as np
+from jaxtyping import Float
+
+from assumptions.conditions import UNEDITED
+from assumptions.control import Trial
+from assumptions.doses import Curve, Effect
 from assumptions.evaluation import ProbeScore
 from shared.plots import PALETTE, subplots
 
@@ -63,23 +72,134 @@ def block_chart(scores: Mapping[str, ProbeScore]) -> "Figure":
 def dose_chart(
     curves: Mapping[str, Sequence[Curve]], unit: str, outcomes: Mapping[str, Sequence[str]]
 ) -> "Figure":
-    """Dose against judged sycophancy, one panel a dimension; the direction with its interval, random ones in grey."""
-    figure, axes = subplots(1, len(curves), width=4.6, height=3.4, sharey=True, squeeze=False)
-    for axis, (name, lines) in zip(axes[0], curves.items(), strict=True):
+    """Dose against judged sycophancy, one panel a dimension: the direction with its interval, and its controls.
+
+    Random directions are grey lines; every other control has a colour and, at each dose, its interval.
+    """
+    figure, panels = _panels(len(curves), sharey=True)
+    for axis, (name, lines) in zip(panels, curves.items(), strict=True):
         labelled: set[str] = set()
-        for curve in lines:
-            color = PALETTE[-1] if curve.kind == "random" else PALETTE[0]
-            label = None if curve.kind in labelled else curve.kind
+        for number, curve in enumerate(lines):
+            style = _curve_style(curve, number)
+            label = None if curve.kind in labelled else curve.kind.replace("probe", "probe's direction")
             labelled.add(curve.kind)
-            axis.plot(curve.doses, curve.means, "o-", color=color, label=label, markersize=3.5)
-            if curve.kind != "random":
-                axis.fill_between(curve.doses, curve.lows, curve.highs, color=color, alpha=0.18, linewidth=0)
+            axis.plot(curve.doses, curve.means, "o-", label=label, markersize=3, **style)
+            if number == 0:
+                axis.fill_between(
+                    curve.doses, curve.lows, curve.highs, color=style["color"], alpha=0.18, linewidth=0
+                )
+            elif curve.kind != "random":
+                axis.vlines(curve.doses, curve.lows, curve.highs, color=style["color"], linewidth=0.8)
         axis.set_title(_label(name))
         axis.set_xlabel(f"dose ({UNITS[unit]})")
         axis.set_ylabel("judged " + ", ".join(outcomes[name]), fontsize=8)
         axis.set_ylim(0.9, 5.1)
-        axis.legend()
+        axis.legend(fontsize=7)
     return figure
+
+
+def choice_chart(trials: Mapping[str, Sequence[Trial]], chosen: Mapping[str, int]) -> "Figure":
+    """Absolute slope on validation messages by block, beside the steepest random direction's; the choice is marked."""
+    figure, panels = _panels(len(trials))
+    for axis, (name, tried) in zip(panels, trials.items(), strict=True):
+        ordered = sorted(tried, key=lambda one: one.block)
+        blocks = [one.block for one in ordered]
+        slopes = [abs(one.slope) for one in ordered]
+        axis.plot(blocks, slopes, "o-", color=PALETTE[0], label="direction", markersize=4)
+        axis.plot(
+            blocks,
+            [one.steepest_random for one in ordered],
+            "s--",
+            color=PALETTE[-1],
+            label="steepest random",
+            markersize=3,
+        )
+        axis.plot(
+            chosen[name],
+            slopes[blocks.index(chosen[name])],
+            "o",
+            color=PALETTE[1],
+            markersize=8,
+            fillstyle="none",
+        )
+        axis.set_title(_label(name))
+        axis.set_xticks(blocks)
+        axis.set_xlabel("block (its output)")
+        axis.set_ylabel("absolute slope a unit of dose", fontsize=8)
+        axis.legend(fontsize=7)
+    return figure
+
+
+def specificity_chart(
+    slopes_RK: Float[np.ndarray, "R K"], rows: Sequence[str], columns: Sequence[str]
+) -> "Figure":
+    """Slope of every stated score (K) on the dose of every direction (R), as a matrix with its numbers."""
+    figure, axis = subplots(width=8.0, height=1.9 + 0.42 * len(rows))
+    largest = float(np.nanmax(np.abs(slopes_RK), initial=1e-9))
+    axis.imshow(slopes_RK, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+    for (row, column), value in np.ndenumerate(slopes_RK):
+        shade = "white" if abs(value) > 0.6 * largest else "black"
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
+    axis.set_xticks(range(len(columns)), [_label(name) for name in columns], rotation=35, ha="right")
+    axis.set_yticks(range(len(rows)), [_label(name) for name in rows])
+    axis.set_xlabel("stated score")
+    axis.set_ylabel("direction")
+    axis.grid(visible=False)
+    return figure
+
+
+def tradeoff_chart(
+    curves: Mapping[str, Sequence[Curve]],
+    words: Mapping[str, Sequence[Effect]],
+    perplexity: Mapping[tuple[str, float], float],
+) -> "Figure":
+    """Judged sycophancy against the perplexity of the replies, one panel a dimension.
+
+    The direction's doses are joined, the largest marked; random directions are grey, controls in words are crosses.
+    `perplexity`: by (condition, dose), under the unedited model.
+    """
+    figure, panels = _panels(len(curves))
+    for axis, (name, lines) in zip(panels, curves.items(), strict=True):
+        for curve in [*[one for one in lines[1:] if one.kind == "random"], lines[0]]:
+            style = _curve_style(curve, 0 if curve is lines[0] else 1)
+            costs = [perplexity[curve.direction if dose else UNEDITED, dose] for dose in curve.doses]
+            axis.plot(curve.means, costs, "o-", markersize=3, **style)
+            if curve is lines[0]:
+                axis.plot(
+                    curve.means[-1], costs[-1], "o", markersize=7, fillstyle="none", color=style["color"]
+                )
+                axis.annotate(f"{curve.doses[-1]:+g}", (curve.means[-1], costs[-1]), fontsize=7)
+        for number, one in enumerate(words.get(name, ()), start=1):
+            color = PALETTE[number % (len(PALETTE) - 1)]
+            axis.plot(one.mean, perplexity[one.condition, 0.0], "X", color=color, label=_label(one.condition))
+        axis.set_title(_label(name))
+        axis.set_xlabel("judged sycophancy (1 to 5)")
+        axis.set_ylabel("perplexity of the replies", fontsize=8)
+        if words.get(name):
+            axis.legend(fontsize=7)
+    return figure
+
+
+def _panels(count: int, across: int = 3, **options: Any) -> tuple["Figure", list[Any]]:
+    """A figure of so many panels, at most three side by side; those left over are not drawn."""
+    columns = min(count, across)
+    rows = -(-count // columns)
+    figure, axes = subplots(rows, columns, width=4.2, height=3.3, squeeze=False, **options)
+    panels = list(axes.flat)
+    for axis in panels[count:]:
+        axis.set_visible(False)
+    return figure, panels[:count]
+
+
+def _curve_style(curve: Curve, number: int) -> dict[str, Any]:
+    """The first curve of a family stands out, random controls stay behind, the others have colours of their own."""
+    if number == 0:
+        return {"color": PALETTE[0], "zorder": 3}
+    if curve.kind == "random":
+        return {"color": PALETTE[-1], "linewidth": 0.9, "alpha": 0.7, "zorder": 1}
+    kinds = ("shuffled", "means", "sycophancy", "pattern", "planted", "composite")
+    place = kinds.index(curve.kind) if curve.kind in kinds else 0
+    return {"color": PALETTE[1 + place % (len(PALETTE) - 2)], "linewidth": 1.2, "zorder": 2}
 
 
 def _label(name: str) -> str:

@@ -5,6 +5,8 @@
     ... --expected            scores also as expected values over token probabilities
     ... --retest 3 --orders 3 reliability, with intraclass correlations
 
+Where all nine scores are asked of a model in this process, `assumptions probe` can go on with the folder.
+
 The folder gets answers.jsonl (resumed when the command is repeated), scores.csv (one row a chat), and where asked for
 expected.csv and reliability.json. Standard output: how many answers could be read, as JSON.
 """
@@ -12,6 +14,7 @@ expected.csv and reliability.json. Standard output: how many answers could be re
 import argparse
 import csv
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -20,9 +23,12 @@ import numpy as np
 
 from assumptions.asking import OnDemand
 from assumptions.chats import Chat, read_chats
+from assumptions.commands.study import Study, begin
+from assumptions.dimensions import NAMES
 from assumptions.elicitation import Elicitation, ElicitationSettings, check, elicit
 from assumptions.instruments import Instrument, instrument
 from assumptions.reliability import FacetReliability, orders, reliability, retests
+from assumptions.settings import AssumptionProbingConfig, JudgeSettings
 from assumptions.token_scores import TokenScores, expected_scores
 from shared.errors import UserError
 from shared.generation import Generator, HFGenerator, OpenAIGenerator, VLLMGenerator
@@ -93,7 +99,26 @@ def main(arguments: argparse.Namespace) -> int:
     if facets:
         write_json(arguments.out / "reliability.json", [row for facet in facets for row in facet.rows()])
     print(json.dumps(answers.health() | {"valid_share": answers.valid_share()}))
+    if model is not None and asked.dimensions == NAMES:
+        begin(arguments.out, _study(arguments, model, settings, len(chats)), model.fingerprint)
+        print(f"next: assumptions probe {arguments.out}", file=sys.stderr)
     return 0
+
+
+def _study(
+    arguments: argparse.Namespace, model: Model, settings: ElicitationSettings, messages: int
+) -> Study:
+    """What the later commands go on with; until `assumptions steer` names a judge, the model judges itself."""
+    config = AssumptionProbingConfig(
+        data=str(arguments.data),
+        columns=_columns(arguments.column) or {},
+        messages=messages,
+        instrument=arguments.instrument,
+        engine=arguments.engine,
+        elicitation=settings,
+        judge=JudgeSettings("local", model=arguments.model),
+    )
+    return Study(model.config, config, arguments.seed)
 
 
 def _settings(arguments: argparse.Namespace) -> ElicitationSettings:

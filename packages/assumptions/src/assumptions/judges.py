@@ -13,7 +13,9 @@ from assumptions.grades import grade
 from assumptions.grades import header as judge_header
 from assumptions.outcomes import Exchange, Judgement, LexicalJudge, ModelJudge
 from assumptions.settings import JudgeSettings
+from shared.errors import UserError
 from shared.generation import Generator, HFGenerator, OpenAIGenerator
+from shared.models import Model
 from shared.runs import Run
 
 Judging: TypeAlias = Callable[[Sequence[Exchange]], list[Judgement]]
@@ -35,6 +37,20 @@ def judging(settings: JudgeSettings, run: Run) -> Judging:
     # Once for the study: without resuming, this removes a former run's grades.
     path = answers_path(run, "judgements", judge_header(judge_on(OnDemand(lambda: start_judge(settings)))))
     return judge
+
+
+def check_judge(settings: JudgeSettings, model: Model) -> None:
+    """UserError when the exact judge is asked to read replies that are not the embedded world's."""
+    from shared.tinyworld import MODEL_DIR
+
+    if settings.kind != "lexical":
+        return
+    own = MODEL_DIR / "tokenizer.json"
+    tokenizer = model.path / "tokenizer.json" if model.path is not None else None
+    if tokenizer is None or not tokenizer.exists() or tokenizer.read_bytes() != own.read_bytes():
+        raise UserError(
+            "the lexical judge reads replies of the embedded world's models only: set judge.kind=server or local"
+        )
 
 
 def start_judge(settings: JudgeSettings) -> Generator:

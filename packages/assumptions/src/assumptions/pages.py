@@ -4,18 +4,29 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from assumptions.charts import agreement_chart, block_chart, dose_chart, probe_chart
+from assumptions.charts import (
+    agreement_chart,
+    block_chart,
+    choice_chart,
+    dose_chart,
+    probe_chart,
+    specificity_chart,
+    tradeoff_chart,
+)
 from assumptions.chats import Chat
+from assumptions.closure import Closure
 from assumptions.control import Trial
 from assumptions.dimensions import DIMENSIONS, NAMES, SIGNS
-from assumptions.doses import UNEDITED, Curve, Reply
+from assumptions.doses import UNEDITED, Curve, Effect, Reply
 from assumptions.elicitation import Elicitation
 from assumptions.evaluation import ProbeScore
 from assumptions.instruments import Instrument
 from assumptions.settings import ChoiceSettings
 from assumptions.sources import Messages
+from assumptions.steered import Steered
 from assumptions.steering import Direction
 from shared.report import Report
+from shared.serialize import plain
 
 EXAMPLES = 3
 
@@ -113,6 +124,11 @@ def add_choice(
         for name, of_name in trials.items()
         for one in sorted(of_name, key=attrgetter("block"))
     ]
+    if trials:
+        figure = choice_chart(trials, {name: one.block for name, one in chosen.items()})
+        report.figure(
+            figure, "Slope by block on validation messages; the ring marks the block that is steered."
+        )
     report.table(rows or [{"dimension": name, "block": one.block} for name, one in chosen.items()], "Blocks")
 
 
@@ -143,10 +159,10 @@ def add_steering(
     report.text(
         "# What steering does\n\nReplies to held-out messages with alpha v added to the residual stream at the chosen "
         "block, prompt and reply alike; a positive dose raises the labelled score. Expected effect of a positive dose "
-        f"on sycophancy: {signs}. Every message keeps its random numbers at all doses; {messages} messages; bands are "
-        "95% bootstrap intervals over messages; random directions have the same block and the same norm. Scores run "
-        "from 1 to 5, the mean of the outcomes that the dimension should move. A dose without a judged reply has no "
-        "mean (nan) and enters neither rho nor slope."
+        f"on sycophancy: {signs}. Every message keeps its random numbers at all doses; {messages} messages; bands "
+        "and bars are 95% bootstrap intervals over messages; all controls have the same block and the same norm. "
+        "Scores run from 1 to 5, the mean of the outcomes that the dimension should move. A dose without a judged "
+        "reply has no mean (nan) and enters neither rho nor slope."
     )
     report.figure(dose_chart(curves, unit, outcomes), "Dose against judged sycophancy.")
     report.table(
@@ -157,6 +173,73 @@ def add_steering(
     report.table(
         [{"dimension": d.name, "sign": d.sign, "meaning": d.meaning} for d in DIMENSIONS], "Dimensions"
     )
+
+
+def add_costs(report: Report, tested: Steered) -> None:
+    """What a change of sycophancy costs in the text, and what plain words do instead."""
+    report.text(
+        "# What it costs\n\nPerplexity of the replies under the unedited model, repetition, length and the share "
+        "that stays coherent, by condition. A direction is worth something where it moves sycophancy at less cost than "
+        "random ones of its norm, and than words in the prompt."
+    )
+    perplexity = {key: one.perplexity for key, one in tested.textures.items()}
+    report.figure(
+        tradeoff_chart(tested.curves, tested.words, perplexity),
+        "Sycophancy against perplexity; the ring is the largest dose, crosses are controls in words.",
+    )
+    for name, effects in tested.words.items():
+        report.table(
+            [_word_row(one) for one in effects],
+            f"In words instead of {name}: difference from unedited replies",
+        )
+    shown = {lines[0].direction for lines in tested.curves.values()} | {UNEDITED}
+    shown |= {one.condition for some in tested.words.values() for one in some}
+    report.table(
+        [
+            {"condition": name, "dose": dose} | plain(one)
+            for (name, dose), one in sorted(tested.textures.items())
+            if name in shown
+        ],
+        "Side effects",
+    )
+
+
+def add_closure(report: Report, closure: Closure) -> None:
+    """What the model states once it is steered: every stated score under every direction."""
+    report.text(
+        "# What it states when steered\n\nThe same messages, asked again under every dose of every direction and of a "
+        f"random one beside each. Slope of the mean stated score on the dose, {closure.scores_CMBK.shape[2]} messages: "
+        "what was meant to move stands on the diagonal, the rest is off target."
+    )
+    figure = specificity_chart(closure.matrix, closure.directions, closure.dimensions)
+    report.figure(figure, "Slope of stated scores (columns) on the dose of directions (rows).")
+    own, others, rho = closure.on_target(), closure.off_target(), closure.rho()
+    report.table(
+        [
+            {
+                "direction": name,
+                "own slope": own[name].estimate,
+                "low": own[name].low,
+                "high": own[name].high,
+                "mean absolute slope of others": others[name],
+                "rho of dose and own score": rho[name],
+            }
+            for name in closure.directions
+        ],
+        "Causal closure",
+    )
+
+
+def _word_row(one: Effect) -> dict[str, Any]:
+    return {
+        "words": one.condition,
+        "mean": one.mean,
+        "difference": one.difference.estimate,
+        "low": one.difference.low,
+        "high": one.difference.high,
+        "judged": one.judged,
+        "cut by length": one.truncated,
+    }
 
 
 def _curve_row(name: str, curve: Curve) -> dict[str, Any]:

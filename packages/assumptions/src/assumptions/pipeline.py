@@ -15,7 +15,7 @@ stage of the same name had finished. Without `run.resume` the answers of former 
 
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,8 +32,8 @@ from assumptions.embedded import beside_truth, preserved, unguided
 from assumptions.evaluation import evaluate_probes, leave_one_source_out_scores
 from assumptions.features import Features, capture_features, load_features, save_features
 from assumptions.instruments import Instrument, instrument
-from assumptions.judges import judging
-from assumptions.pages import add_choice, add_elicitation, add_probes, add_steering
+from assumptions.judges import check_judge, judging
+from assumptions.pages import add_choice, add_closure, add_costs, add_elicitation, add_probes, add_steering
 from assumptions.probe_files import save_probes
 from assumptions.probes import fit_probes
 from assumptions.run_metrics import (
@@ -53,14 +53,22 @@ from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run
 from shared.tinyworld import EMBEDDED
 
+Step = Literal["elicit", "probe", "steer"]
 
-def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) -> dict[str, Any]:
-    """Run the pipeline and return its metrics."""
+
+def run(
+    config: AssumptionProbingConfig, model_config: ModelConfig, run: Run, last: Step = "steer"
+) -> dict[str, Any]:
+    """Run the pipeline up to a step (1; 1 to 3; all) and return its metrics."""
     messages = load_messages(config.data, config.messages, run.seed, config.columns)
     model = run.use_model(load(model_config))
+    if last == "steer":
+        check_judge(config.judge, model)
     elicitation = elicit_scores(config, model, messages.chats, run)
     metrics = elicitation_metrics(elicitation, messages)
     add_elicitation(run.report, instrument(config.instrument), elicitation, messages, metrics)
+    if last == "elicit":
+        return metrics
 
     rows, labels = labelled(messages.chats, elicitation)
     chats = [messages.chats[row] for row in rows]
@@ -87,6 +95,8 @@ def run(config: AssumptionProbingConfig, model_config: ModelConfig, run: Run) ->
         )
         metrics |= {"probe_left_out": left_out_metrics(left_out)}
     add_probes(run.report, scores, len(split.train), len(split.validation), len(split.test))
+    if last == "probe":
+        return metrics
 
     study = Steering(config, model, judging(config.judge, run), run)
     grounds = Grounds(features, labels, split, chats, probes)
@@ -113,11 +123,15 @@ def steer_and_judge(study: Steering, grounds: Grounds) -> dict[str, Any]:
     metrics |= steering_metrics(steered) | range_metrics(ranges) | {"controls_missing": missing}
     if config.again:
         closure = elicit_again(study, of_name, held[: config.again], doses)
-        metrics |= closing_metrics(closure, mediations(study, closure, held[: config.again], steered))
+        mediated = mediations(study, closure, held[: config.again], steered)
+        metrics |= closing_metrics(closure, mediated)
     if study.model.config.name in EMBEDDED:
         metrics |= {"preservation": preserved(study, directions, doses)}
     outcomes = {name: moved_outcomes(config.data, name) for name in steered.curves}
     add_steering(run.report, steered.curves, steered.replies, outcomes, config.steering.unit, len(held))
+    add_costs(run.report, steered)
+    if config.again:
+        add_closure(run.report, closure)
     return metrics
 
 

@@ -140,10 +140,6 @@ class AssumptionProbingConfig:
             )
         if self.judge.kind == "local" and not self.judge.model:
             raise UserError("judge.kind=local needs judge.model, the name or folder of the model that judges")
-        if self.data != "tinyworld" and self.judge.kind == "lexical":
-            raise UserError(
-                "the lexical judge reads replies of the embedded model only: set judge.kind=server"
-            )
         check(instrument(self.instrument), self.elicitation)
 
 

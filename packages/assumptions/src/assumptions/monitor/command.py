@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import socket
 import webbrowser
+from dataclasses import replace
 from pathlib import Path
 
 from assumptions.monitor.server import LOOPBACK
@@ -13,9 +14,8 @@ from shared.models import ModelConfig
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `assumptions monitor`."""
-    parser.add_argument(
-        "--model", default="tinyworld", help="tinyworld, a local folder, or a Hugging Face id"
-    )
+    parser.add_argument("--model", help="tinyworld (the default), a local folder, or a Hugging Face id")
+    parser.add_argument("--study", type=Path, help="folder of a study: its model, probes and directions")
     parser.add_argument("--dtype", default="float32", help="torch dtype of the weights, or auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
@@ -42,18 +42,35 @@ def main(arguments: argparse.Namespace) -> None:
     from assumptions.monitor.session import Store
 
     with contextlib.closing(listen(arguments.host, arguments.port)) as listener:
-        config = ModelConfig(arguments.model, dtype=arguments.dtype, device=arguments.device)
-        subject, talk = prepare(config, arguments.probes, arguments.directions, arguments.instrument)
+        config, probes, directions = chosen(arguments)
+        subject, talk = prepare(config, probes, directions, arguments.instrument)
         local = arguments.host in LOOPBACK
         app = build(subject, Store(arguments.sessions), talk, LOOPBACK if local else ("*",))
         port = listener.getsockname()[1]
         address = f"http://{arguments.host}:{port}/"
         if not local:
             print("warning: anyone who reaches this address can use the model and read the transcripts")
-        print(f"monitor of {arguments.model}: {address} (Ctrl-C ends it)", flush=True)
+        print(f"monitor of {config.name}: {address} (Ctrl-C ends it)", flush=True)
         if arguments.open:
             webbrowser.open(address)
         serve(app, listener)
+
+
+def chosen(arguments: argparse.Namespace) -> tuple[ModelConfig, Path | None, Path | None]:
+    """The model, its probes and its directions: those named, else the study's."""
+    probes, directions = arguments.probes, arguments.directions
+    name = arguments.model or "tinyworld"
+    if arguments.study is None:
+        return ModelConfig(name, dtype=arguments.dtype, device=arguments.device), probes, directions
+    from assumptions.commands.study import load_study
+
+    study = load_study(arguments.study)
+    if study.last == "elicit":
+        raise UserError(f"{arguments.study} has no probes yet: run `assumptions probe {arguments.study}`")
+    own = arguments.study / "directions"
+    directions = directions or (own if own.is_dir() else None)
+    config = study.model if arguments.model is None else replace(study.model, name=name)
+    return config, probes or arguments.study / "probes", directions
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,78 @@
+"""`assumptions steer`: steer replies to a study's test messages along its probes, beside controls, and judge them."""
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from assumptions.settings import Control
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `assumptions steer`."""
+    parser.add_argument("study", type=Path, help="folder that `assumptions probe` has gone on with")
+    parser.add_argument("--dimensions", nargs="+", help="default: validation_seeking objectivity_seeking")
+    parser.add_argument("--doses", nargs="+", type=float, help="in SD of the projection, 0 among them")
+    parser.add_argument("--random", type=int, help="random directions beside each")
+    parser.add_argument(
+        "--controls",
+        nargs="*",
+        choices=get_args(Control),
+        help="beside the random ones; default: all of them",
+    )
+    parser.add_argument(
+        "--block",
+        choices=("dose_response", "reading"),
+        help="where to steer: chosen by dose-response on validation messages (default), or where the score is read",
+    )
+    parser.add_argument("--messages", type=int, help="test messages answered at every dose")
+    parser.add_argument("--again", type=int, help="test messages elicited again at every dose; 0 for none")
+    parser.add_argument("--max-tokens", type=int, help="of a reply")
+    parser.add_argument("--engine", choices=("hf", "vllm"), help="vllm serves the directions as adapters")
+    parser.add_argument(
+        "--judge",
+        choices=("lexical", "local", "server"),
+        help="lexical: exact, of the embedded world's replies; local: a model (default: the one that is studied); "
+        "server: an OpenAI-compatible one, its key in OPENAI_API_KEY",
+    )
+    parser.add_argument("--judge-model", help="name or folder of the model that judges")
+    parser.add_argument("--judge-url", help="address of the server: http://127.0.0.1:8000/v1")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Steer, judge, and print the slope of every direction beside the steepest random one."""
+    from dataclasses import replace
+
+    from assumptions.commands.study import advance, load_study, table
+
+    study = load_study(arguments.study)
+    names = ("dimensions", "doses", "random", "controls", "messages", "max_tokens", "engine")
+    steering = replace(study.settings.steering, **given(arguments, names))
+    if arguments.block is not None:
+        steering = replace(steering, choice=replace(steering.choice, by=arguments.block))
+    judge = study.settings.judge
+    if arguments.judge is not None:
+        judge = type(judge)(arguments.judge, repeats=judge.repeats, temperature=judge.temperature)
+        if arguments.judge == "local":
+            judge = replace(judge, model=study.model.name)
+    options = {"model": arguments.judge_model, "url": arguments.judge_url}
+    judge = replace(judge, **{name: value for name, value in options.items() if value is not None})
+    again = study.settings.again if arguments.again is None else arguments.again
+    settings = replace(study.settings, steering=steering, judge=judge, again=again)
+    figures = advance(arguments.study, replace(study, settings=settings), "steer")
+    rows = {
+        name: {
+            "slope": figures["dose_response_slope"][name],
+            "over random": figures["slope_over_largest_random"][name],
+            "rho": figures["dose_response_rho"][name],
+            "judged at 0": figures["judged"][name]["0"],
+        }
+        for name in steering.dimensions
+    }
+    print(table(rows))
+    folder = arguments.study
+    print(f"next: assumptions report {folder}; assumptions monitor --study {folder}")
+
+
+def given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """The options among `names` that were given."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}

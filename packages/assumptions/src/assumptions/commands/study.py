@@ -1,0 +1,81 @@
+"""A study on disk: the folder that `assumptions elicit` begins and the later commands go on with.
+
+A study is a run of the `assumption_probing` pipeline, taken one step at a time. `study.json` says what is studied and
+how far it has come; each command changes the settings of its step and runs the pipeline up to it. What earlier steps
+have left is kept: answers always, other files while the settings are the same.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from assumptions.answer_file import answers_name
+from assumptions.elicitation import header
+from assumptions.instruments import instrument
+from assumptions.pipeline import PIPELINE, Step
+from assumptions.pipeline import run as run_pipeline
+from assumptions.settings import AssumptionProbingConfig
+from shared.config import to_dataclass
+from shared.errors import UserError
+from shared.models import ModelConfig
+from shared.runs import start_run
+from shared.serialize import read_json, write_json
+
+NAME = "study.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is studied, and the last step that was taken."""
+
+    model: ModelConfig
+    settings: AssumptionProbingConfig
+    seed: int = 0
+    last: Step = "elicit"
+
+
+def load_study(folder: Path) -> Study:
+    """The study of a folder; UserError when there is none."""
+    path = folder / NAME
+    if not path.exists():
+        raise UserError(
+            f"{folder} holds no study: begin with `assumptions elicit ... --out {folder}`, by an instrument that asks "
+            "for all nine scores"
+        )
+    try:
+        return to_dataclass(Study, read_json(path))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def begin(folder: Path, study: Study, fingerprint: str) -> None:
+    """Make a study of a folder in which `answers.jsonl` answers its question; the pipeline finds them there."""
+    asked, settings = instrument(study.settings.instrument), study.settings.elicitation
+    name = answers_name("elicitation", header(asked, settings, fingerprint))
+    shutil.copyfile(folder / "answers.jsonl", folder / name)
+    write_json(folder / NAME, study)
+
+
+def advance(folder: Path, study: Study, last: Step) -> dict[str, Any]:
+    """Run the study up to a step, in its folder; returns the figures, which metrics.json holds too."""
+    record = {"pipeline": PIPELINE.name, "settings": study.settings, "model": study.model}
+    write_json(folder / NAME, replace(study, last=last))
+    with start_run(folder, record, study.seed) as run:
+        figures = run_pipeline(study.settings, study.model, run, last)
+        run.metrics(figures)
+    return figures
+
+
+def table(rows: dict[str, dict[str, float | None]]) -> str:
+    """Rows of figures by name, as aligned text."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    width = max(len(name) for name in rows)
+    show: Callable[[float | None], str] = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
+    lines = [" " * width + "".join(f"{column:>16}" for column in columns)]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{show(row.get(column)):>16}" for column in columns)
+        for name, row in rows.items()
+    ]
+    return "\n".join(lines)

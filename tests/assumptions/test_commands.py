@@ -1,0 +1,123 @@
+"""The user's path: own messages in a CSV, a local model, and five commands over one folder; and what they refuse."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from assumptions.cli import COMMANDS, main
+from assumptions.commands.study import load_study
+from assumptions.dimensions import NAMES
+from assumptions.judges import check_judge
+from assumptions.monitor.command import add_arguments, chosen
+from assumptions.settings import JudgeSettings
+from shared.errors import UserError
+from shared.models import load
+from shared.serialize import read_json
+from shared.tinyworld import MODEL_DIR, social
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model and a file of messages, as a user has them."""
+    folder = tmp_path_factory.mktemp("mine")
+    shutil.copytree(MODEL_DIR, folder / "model")
+    with (folder / "mine.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["prompt", "who"])
+        rows.writerows([turn.text, "me"] for turn in social.sample_turns(100, seed=6))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_users_path_in_five_commands(place, capsys):
+    study, data = str(place / "study"), str(place / "mine.csv")
+    begin = [
+        "elicit",
+        "--model",
+        str(place / "model"),
+        "--data",
+        data,
+        "--column",
+        "text=prompt",
+        "--out",
+        study,
+    ]
+    assert main([*begin, "--instrument", "tinyworld_nine", "--engine", "hf", "--free"]) == 0
+    written = capsys.readouterr()
+    assert json.loads(written.out)["valid_share"] == 1
+    assert f"next: assumptions probe {study}" in written.err
+    assert main(["probe", study, "--shuffles", "1"]) == 0
+    assert "r2_bag_of_words" in capsys.readouterr().out
+    few = "--doses -3 0 3 --random 1 --messages 8 --dimensions validation_seeking --block reading --controls words"
+    few += " --again 4"
+    assert main(["steer", study, *few.split(), "--judge", "lexical"]) == 0
+    assert "validation_seeking" in capsys.readouterr().out
+    assert main(["report", study, "--out", str(place / "page.html")]) == 0
+    page = (place / "page.html").read_text()
+    assert "What steering does" in page
+    assert "What it states when steered" in page
+    assert "<script src" not in page
+
+    figures = read_json(place / "study" / "metrics.json")
+    assert figures["dose_response_slope"]["validation_seeking"] > 0
+    assert min(one["r2"] for one in figures["probe"].values()) > 0.7
+    assert load_study(place / "study").last == "steer"
+    config, probes, directions = chosen(monitor_arguments("--study", study))
+    assert (config.name, probes.name, directions.name) == (str(place / "model"), "probes", "directions")
+    assert list(read_json(probes / "probes.json")["probes"]) == list(NAMES)
+
+
+def monitor_arguments(*given):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(given)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["probe", "nowhere"], "begin with `assumptions elicit"),
+        (["steer", "nowhere"], "holds no study"),
+        (["report", "nowhere"], "holds no study"),
+        (["monitor", "--study", "nowhere", "--port", "0"], "holds no study"),
+        (["monitor", "--model", "some/model", "--port", "0"], "give --probes FOLDER"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_two(command, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("assumptions: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_command_has_its_help(capsys):
+    assert main([]) == 2
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+    assert "--judge-url" in capsys.readouterr().out
+
+
+def test_a_damaged_study_is_named(tmp_path, place):
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_study(tmp_path)
+    (tmp_path / "study.json").write_text(json.dumps({"model": {"name": "x"}, "settings": {"kind": 1}}))
+    with pytest.raises(UserError, match=r"settings\.kind"):
+        load_study(tmp_path)
+
+
+def test_the_exact_judge_reads_the_embedded_worlds_models_only(place):
+    check_judge(JudgeSettings(), load(str(place / "model")))
+    stranger = load("random:llama")
+    with pytest.raises(UserError, match="lexical judge"):
+        check_judge(JudgeSettings(), stranger)
+    check_judge(JudgeSettings("local", model="x"), stranger)
