@@ -198,7 +198,7 @@ def test_half_precision_models_have_float32_coefficients(problem_of, relative):
     full = load(ModelConfig("random:llama"))
     half, single = problem_of(model), problem_of(full)
     assert half.network.logits_BTV.dtype == torch.float32
-    assert attribute(half).dtype == torch.float32
+    assert attribute(half).dtype == attribute(half, "atp").dtype == torch.float32
     assert relp(half.network, half.metric).ledger.error() < 5e-2
     same = [[3, 4], [3, 4]]
     scores = [

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.layers import working
 from circuits.problem import Problem
 from shared.hooks import capture, edit
 from shared.interventions import Interchange, Intervention
@@ -53,14 +54,17 @@ def offsets(problem: Problem) -> list[Offset]:
 
 
 def gradients(value_BK: Float[Tensor, "B K"], leaves: Sequence[Tensor]) -> Float[Tensor, "B K L T X"]:
-    """Return every target's gradient by each leaf (one a layer; zero where a target does not depend on it)."""
+    """Return every target's gradient by each leaf (one a layer; zero where a target does not depend on it).
+
+    In working precision, float32 or float64, whatever the model's.
+    """
     rows = []
     for target, value_B in enumerate(value_BK.unbind(1)):
         last = target == value_BK.shape[1] - 1
         row = torch.autograd.grad(
             value_B.sum(), leaves, retain_graph=not last, allow_unused=True, materialize_grads=True
         )
-        rows.append(torch.stack(row, dim=1))
+        rows.append(working(torch.stack(row, dim=1)))
     return torch.stack(rows, dim=1)
 
 
