@@ -16,7 +16,7 @@ cotangents fit `max_bytes`. No token after a target can reach it, so a group of 
 For every target, embeddings + biases + all neurons = the activation (or the logit): digest I2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +27,8 @@ from circuits.frozen import FrozenNetwork
 from circuits.layers import FrozenBlock, FrozenNorm
 from circuits.metric import Metric, MetricError
 
+# What a caller may look at on the way down: targets, layer, and the effect of all of the layer's neurons on them.
+OnLayer = Callable[[Int[Tensor, " S"], int, Float[Tensor, "S T N"]], None]
 COPIES = 6  # cotangents alive at once in an attention step: the stream, heads, values and their products
 
 
@@ -87,11 +89,16 @@ class DirectEffects:
 
 
 def direct_effects(
-    network: FrozenNetwork, neurons: Neurons, metric: Metric, max_bytes: int = 1 << 30
+    network: FrozenNetwork,
+    neurons: Neurons,
+    metric: Metric,
+    max_bytes: int = 1 << 30,
+    on_layer: OnLayer | None = None,
 ) -> DirectEffects:
     """Return all direct effects among `neurons`, and on the metric's targets, of a network with one example.
 
     Targets are swept in groups whose cotangents take at most about `max_bytes` (at least one target a group).
+    `on_layer` sees the effects of all neurons, wanted or not, which are never kept together.
     """
     if len(network.embed_BTD) != 1:
         raise ValueError("edges are traced one example at a time: use network.row(index)")
@@ -102,9 +109,26 @@ def direct_effects(
     effects = _no_effects(network, neurons, metric)
     position_S = torch.cat([neurons.position_n, metric.positions_BK[0]])
     row_bytes = COPIES * network.embed_BTD.shape[2] * network.embed_BTD.element_size()
+    written = [_Written.of(block) for block in network.blocks]
     for targets, stop in _groups(position_S, max_bytes // row_bytes):
-        _Sweep(_prefix(network, stop), neurons, metric, targets, effects).run()
+        _Sweep(_prefix(network, stop), neurons, metric, targets, effects, written, on_layer).run()
     return effects
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What all neurons of a block together, and its biases where it has some, write into the stream."""
+
+    neurons_TD: Float[Tensor, "T D"]
+    mlp_bias_TD: Float[Tensor, "T D"] | None
+    attn_bias_TD: Float[Tensor, "T D"] | None
+
+    @classmethod
+    def of(cls, block: FrozenBlock) -> "_Written":
+        """Compute it once for all groups."""
+        biases = (block.mlp_bias()[0], block.attention_bias()[0])
+        neurons_TD = block.write_forward(block.neurons_BTN[:, None], bias=False)[0, 0]
+        return cls(neurons_TD, *(bias_TD if bias_TD.any() else None for bias_TD in biases))
 
 
 def _no_effects(network: FrozenNetwork, neurons: Neurons, metric: Metric) -> DirectEffects:
@@ -130,11 +154,16 @@ def _no_effects(network: FrozenNetwork, neurons: Neurons, metric: Metric) -> Dir
 
 
 def _groups(position_S: Tensor, max_rows: int) -> Iterator[tuple[Tensor, int]]:
-    """Yield groups of targets, the latest first, with the tokens they see; at most max_rows of targets times tokens."""
-    order, start = position_S.argsort(descending=True), 0
+    """Yield groups of targets, the latest first, with the tokens they see; at most max_rows of targets times tokens.
+
+    A group's earliest target sees at least two thirds of what its latest one sees, so that little is swept in vain.
+    """
+    order, start = position_S.argsort(descending=True, stable=True), 0
+    tokens_S = position_S[order] + 1
     while start < len(order):
-        stop = int(position_S[order[start]]) + 1
-        size = max(1, max_rows // stop)
+        stop = int(tokens_S[start])
+        late = int((3 * tokens_S[start:] >= 2 * stop).sum())
+        size = max(1, min(late, max_rows // stop))
         yield order[start : start + size], stop
         start += size
 
@@ -157,8 +186,11 @@ class _Sweep:
         metric: Metric,
         targets: Tensor,
         effects: DirectEffects,
+        written: list[_Written],
+        on_layer: OnLayer | None,
     ) -> None:
         self.network, self.neurons, self.effects = network, neurons, effects
+        self.written, self.on_layer = written, on_layer
         n, (_, self.n_positions, width) = len(neurons), network.embed_BTD.shape
         n_targets, n_layers = metric.positions_BK.shape[1], len(network.blocks)
         self.layer_S = torch.cat([neurons.layer_n, neurons.layer_n.new_full((n_targets,), n_layers)])
@@ -187,39 +219,47 @@ class _Sweep:
         position_TD = torch.zeros_like(embed_TD) if learned_BTD is None else learned_BTD[0]
         seen = slice(self.n_positions)
         self.effects.embed_ST[self.targets, seen] = self._read(embed_TD - position_TD)
-        self.effects.position_ST[self.targets, seen] = self._read(position_TD)
+        if learned_BTD is not None:
+            self.effects.position_ST[self.targets, seen] = self._read(position_TD)
 
     def _pass_block(self, layer: int) -> None:
         """Read the sources of this block, then let its own targets join, then step through its attention."""
         block = self.network.blocks[layer]
-        self._read_mlp(block, layer)
+        if self.active:
+            self._read_mlp(block, layer)
         if not block.parallel:
             self._join(block, layer)
         if self.active:
-            joined, seen = self.targets[: self.active], slice(self.n_positions)
-            self.effects.attn_bias_SLT[joined, layer, seen] = self._read(block.attention_bias()[0])
+            self._read_bias(self.effects.attn_bias_SLT, layer, self.written[layer].attn_bias_TD)
             self.all_STD[: self.active] += block.attention_transpose(self.g_STD[None])[0]
         if block.parallel:
             self._join(block, layer)
 
     def _read(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "S T"]:
-        return torch.einsum("std,td->st", self.g_STD, x_TD)
+        return torch.einsum("std,td->st", self.g_STD, x_TD[: self.n_positions])
+
+    def _read_bias(self, effect_SLT: Tensor, layer: int, bias_TD: Float[Tensor, "T D"] | None) -> None:
+        if bias_TD is not None:
+            effect_SLT[self.targets[: self.active], layer, : self.n_positions] = self._read(bias_TD)
 
     def _read_mlp(self, block: FrozenBlock, layer: int) -> None:
-        if not self.active:
-            return
         joined, neurons, effects = self.targets[: self.active], self.neurons, self.effects
-        written_TD = block.write_forward(block.neurons_BTN[:, None], bias=False)[0, 0]
-        effects.layer_SL[joined, layer] = self._read(written_TD).sum(-1)
-        effects.mlp_bias_SLT[joined, layer, : self.n_positions] = self._read(block.mlp_bias()[0])
+        written = self.written[layer]
+        effects.layer_SL[joined, layer] = (
+            self.g_STD.flatten(1) @ written.neurons_TD[: self.n_positions].flatten()
+        )
+        self._read_bias(effects.mlp_bias_SLT, layer, written.mlp_bias_TD)
+        if self.on_layer is not None:
+            self.on_layer(joined, layer, block.write_transpose(self.g_STD[None])[0] * block.neurons_BTN[0])
         here = (neurons.layer_n == layer) & (neurons.position_n < self.n_positions)
-        for position in neurons.position_n[here].unique().tolist():
-            sources = (here & (neurons.position_n == position)).nonzero()[:, 0]
-            raw_nD = block.weights.down_DN[:, neurons.index_n[sources]].T
-            write_nD = _at(block.mlp_post, neurons.position_n[sources]).forward(
-                raw_nD[None, None], shift=False
-            )
-            effects.unit_Sn[joined[:, None], sources] = self.g_STD[:, position] @ write_nD[0, 0].T
+        for sources in here.nonzero()[:, 0].split(
+            self.n_positions
+        ):  # a part takes no more than the stream itself
+            position = neurons.position_n[sources]
+            raw_hD = block.weights.down_DN[:, neurons.index_n[sources]].T
+            write_hD = _at(block.mlp_post, position).forward(raw_hD[None, None], shift=False)[0, 0]
+            seen_hSD = self.g_STD.transpose(0, 1)[position]
+            effects.unit_Sn[joined[:, None], sources] = torch.bmm(seen_hSD, write_hD[..., None])[..., 0].T
 
     def _join(self, block: FrozenBlock, layer: int) -> None:
         """Add this block's target neurons as one-hot cotangents pulled back to the stream their MLP reads."""
@@ -228,7 +268,7 @@ class _Sweep:
             return
         position, index = self.neurons.position_n[joining], self.neurons.index_n[joining]
         rows = self.active + torch.arange(len(joining), device=position.device)
-        self.all_STD[rows, position] = _input_rows(block, position, index)
+        self.all_STD[rows, position] = input_rows(block, position, index)
         self.active += len(joining)
         self.effects.own_S[joining] = block.neuron_bias()[0, position, index]
 
@@ -238,7 +278,7 @@ def _at(norm: FrozenNorm, position_n: Tensor) -> FrozenNorm:
     return replace(norm, scale_BTD=norm.scale_BTD[:, position_n])
 
 
-def _input_rows(block: FrozenBlock, position_n: Tensor, index_n: Tensor) -> Float[Tensor, "n D"]:
+def input_rows(block: FrozenBlock, position_n: Tensor, index_n: Tensor) -> Float[Tensor, "n D"]:
     """Return c (p W_g + q W_u) for each target: its derivative by the residual stream at its own position."""
     row_nD = block.up_BTN[0, position_n, index_n, None] * block.weights.up_ND[index_n]
     if block.gate_BTN is not None and block.weights.gate_ND is not None:

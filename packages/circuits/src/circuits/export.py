@@ -15,6 +15,7 @@ from circuits.graph import EMBEDDING, KINDS, LOGIT, NEURON, Graph
 from shared.serialize import write_json
 
 _STRING, _NUMBER = {"type": "string"}, {"type": ["number", "null"]}
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 _NODE = {
     "node_id": _STRING,
     "feature": {"type": ["integer", "null"]},
@@ -44,6 +45,8 @@ SCHEMA: dict[str, Any] = _object(
                 "node_threshold": {"type": "number"},
                 "info": {"type": "object"},
                 "generation_settings": {"type": "object"},
+                "pruning_settings": _object({"node_threshold": _SHARE, "edge_threshold": _SHARE}),
+                "schema_version": {"type": "integer"},
             },
         ),
         "qParams": _object(
@@ -71,6 +74,7 @@ def neuronpedia(graph: Graph, slug: str | None = None) -> dict[str, Any]:
     nodes = [_node(graph, node) for node in range(len(graph))]
     ids = [node["node_id"] for node in nodes]
     header = graph.header
+    pruning = {"pruning_settings": header.settings["pruning"]} if "pruning" in header.settings else {}
     return {
         "metadata": {
             "slug": slug or re.sub(r"[^a-z0-9]+", "-", header.prompt.lower()).strip("-") or "graph",
@@ -81,7 +85,9 @@ def neuronpedia(graph: Graph, slug: str | None = None) -> dict[str, Any]:
                 "description": f"{header.metric}; conservation error {header.conservation_error:.1e}",
                 "generator": {"name": "innerworks circuits", "version": str(header.version)},
             },
-            "generation_settings": header.settings | {"rules": header.rules, "reference": header.reference},
+            "generation_settings": header.settings
+            | {"rules": header.rules, "reference": header.reference, "hashes": header.hashes()},
+            **pruning,
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": nodes,

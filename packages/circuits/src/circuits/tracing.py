@@ -2,14 +2,15 @@
 
 1. `pose` runs the model once and freezes it; the metric's targets are the answer's logits (or the top logits).
 2. RelP gives the total effect of every neuron on every target, and the conservation error, which must be small.
-3. Neurons above the threshold become nodes; embeddings, biases and targets are nodes always.
+3. Neurons whose effect is above the threshold become nodes, or those found by following influence down from the
+   targets (`circuits.expansion`); embeddings, biases and targets are nodes always.
 4. One sweep gives all direct effects among them; the strongest become edges, the rest goes into each target's
-   remainder.
+   remainder. Another gives the effect of every token on each of them.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,13 +19,28 @@ from torch import Tensor
 from circuits.attribution import Problem, pose
 from circuits.describe import describe
 from circuits.edges import DirectEffects, Neurons, direct_effects
-from circuits.graph import ATTN_BIAS, EMBEDDING, LOGIT, MLP_BIAS, NEURON, POSITION, Graph, Header
+from circuits.expansion import expand
+from circuits.graph import (
+    ATTN_BIAS,
+    EMBEDDING,
+    LOGIT,
+    MLP_BIAS,
+    NEURON,
+    POSITION,
+    Graph,
+    Header,
+    kept_share,
+)
+from circuits.maps import token_maps
 from circuits.metric import Metric, MetricError, logit_difference, top_logits
-from circuits.prune import select_edges, select_nodes
+from circuits.prune import Selection, select_edges, select_nodes
 from circuits.relp import Relevance, relp
 from circuits.rules import Rules
 from circuits.selfcheck import TOLERANCE, require_conservation
 from circuits.tasks import answer_token
+from shared.runs import config_hash
+
+Select = Literal["effect", "influence"]
 
 if TYPE_CHECKING:
     from shared.models import Model
@@ -41,12 +57,14 @@ def trace(
     threshold: float = 0.005,
     max_nodes: int = 300,
     max_edges: int = 3000,
+    select: Select = "effect",
     rules: Rules | None = None,
 ) -> Graph:
     """Trace the circuit of one prompt's next token and return its graph.
 
     With `answer` and `wrong` (single tokens, with their leading space) the target is their logit difference; without,
-    the demeaned logits of the `top_k` most likely tokens. Nodes: at least `threshold` of a target's absolute value.
+    the demeaned logits of the `top_k` most likely tokens. Nodes: with `select="effect"` those of at least `threshold`
+    of a target's absolute value, the largest first; with "influence" the `max_nodes` most influential ones.
     """
     if (answer is None) != (wrong is None):
         raise MetricError("give both answer and wrong (a logit difference), or neither (the top logits)")
@@ -61,7 +79,8 @@ def trace(
 
     problem = pose(model, model.encode([prompt]), make_metric, rules=rules)
     names = None if pair is None else [f"{answer} over {wrong}"]
-    return trace_problem(problem, 0, names, threshold=threshold, max_nodes=max_nodes, max_edges=max_edges)
+    limits = {"threshold": threshold, "max_nodes": max_nodes, "max_edges": max_edges}
+    return trace_problem(problem, 0, names, select=select, **limits)  # type: ignore[arg-type]
 
 
 def trace_problem(
@@ -72,6 +91,7 @@ def trace_problem(
     threshold: float = 0.005,
     max_nodes: int = 300,
     max_edges: int = 3000,
+    select: Select = "effect",
 ) -> Graph:
     """Return the graph of one example of a posed problem (its own prompt, zero reference)."""
     network = problem.network.row(row)
@@ -81,12 +101,16 @@ def trace_problem(
     _check_conservation(problem, relevance)
     acts_LTN = torch.stack(network.neurons, dim=1)[0]
     totals_KLTN = relevance.sensitivity_BKLTN[0] * acts_LTN
-    nodes = select_nodes(totals_KLTN, relevance.ledger.value_BK[0], threshold, max_nodes)
+    if select == "influence":
+        mask_LTN = expand(network, metric, max_nodes)
+        nodes = Selection(mask_LTN, kept_share(totals_KLTN.abs().sum(0), mask_LTN))
+    else:
+        nodes = select_nodes(totals_KLTN, relevance.ledger.value_BK[0], threshold, max_nodes)
     neurons = Neurons.from_mask(nodes.mask)
     effects = direct_effects(network, neurons, metric)
-    builder = _Builder(neurons, acts_LTN, metric, relevance, effects)
+    builder = _Builder(neurons, acts_LTN, metric, relevance, effects, token_maps(network, neurons))
     header = _header(problem, row, metric, relevance, target_names)
-    settings = {"threshold": threshold, "max_nodes": max_nodes, "max_edges": max_edges}
+    settings = {"select": select, "threshold": threshold, "max_nodes": max_nodes, "max_edges": max_edges}
     notes = describe(network, neurons, problem.model.tokenizer)
     return builder.build(header, settings, notes, nodes.mass_kept, max_edges)
 
@@ -100,8 +124,15 @@ class _Builder:
     """Lays out nodes (embeddings, positions, biases, neurons, targets) and the matrix of direct effects over them."""
 
     def __init__(
-        self, neurons: Neurons, acts_LTN: Tensor, metric: Metric, relevance: Relevance, effects: DirectEffects
+        self,
+        neurons: Neurons,
+        acts_LTN: Tensor,
+        metric: Metric,
+        relevance: Relevance,
+        effects: DirectEffects,
+        token_nT: Tensor,
     ) -> None:
+        self.token_nT = token_nT
         self.neurons, self.effects, self.ledger, self.metric = neurons, effects, relevance.ledger, metric
         self.n_layers, self.n_positions, _ = acts_LTN.shape
         self.activation_n = neurons.gather(acts_LTN)
@@ -133,8 +164,11 @@ class _Builder:
         )
         edges = select_edges(self._strength(weight_Ss), max_edges)
         target_S, source_e = edges.mask.nonzero().T
-        remainder_n = torch.zeros_like(activation_n)
-        remainder_n[n_before:] = self.effects.inflow() - weight_Ss.masked_fill(~edges.mask, 0.0).sum(1)
+        remainder_n, own_n = torch.zeros_like(activation_n), torch.zeros_like(activation_n)
+        own_n[n_before:] = self.effects.own_S
+        kept_S = weight_Ss.masked_fill(~edges.mask, 0.0).sum(1) + self.effects.own_S
+        remainder_n[n_before:] = self.effects.inflow() - kept_S
+        sources_nT = self.token_nT.new_zeros(n_before, self.n_positions)
         kept = asdict(header) | {
             "settings": settings,
             "notes": {str(n_before + node): note for node, note in enumerate(notes)},
@@ -149,6 +183,8 @@ class _Builder:
             index_n=index_n,
             activation_n=activation_n,
             total_nK=total_nK,
+            token_nT=torch.cat([sources_nT, self.token_nT, self.ledger.embed_BKT[0]]),
+            own_n=own_n,
             remainder_n=remainder_n,
             source_e=source_e.contiguous(),
             target_e=target_S + n_before,
@@ -231,5 +267,7 @@ def _header(
         n_layers=model.architecture.n_layers,
         n_neurons=model.architecture.n_neurons,
         rules=asdict(network.rules),
+        tokenizer=config_hash(sorted(model.tokenizer.get_vocab().items())),
+        dtype=str(model.dtype).removeprefix("torch."),
         conservation_error=relevance.ledger.error(),
     )
