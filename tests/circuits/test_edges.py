@@ -8,6 +8,7 @@ import torch
 
 from circuits.attribution import top_nodes
 from circuits.edges import Neurons, direct_effects
+from circuits.metric import direction, log_probability
 from circuits.rules import Rules
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -59,6 +60,26 @@ def test_ablated_rules_reach_the_edges(llama, problem_of, rules):
     else:
         torch.testing.assert_close(ablated.inflow()[:n], 2 * usual.inflow()[:n])
         torch.testing.assert_close(ablated.unit_Sn[:n], 2 * usual.unit_Sn[:n])
+
+
+@pytest.mark.parametrize("kind", ["log-probability", "final_norm", "blocks.0.output", "blocks.1.output"])
+def test_in_sums_close_for_every_read_out(any_model, problem_of, kind):
+    """I2 for metrics with a rest, and for directions of streams that lie below some of the neurons."""
+    problem = problem_of(any_model, LONG)
+    row, last = torch.arange(len(LONG[0])), torch.tensor([len(LONG[0]) - 1])
+    if kind == "log-probability":
+        metric = log_probability(problem.network.logits_BTV, last, [[3, 9]])
+    else:
+        vectors_KD = torch.randn(
+            2, any_model.architecture.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        metric = direction(vectors_KD, last, kind)
+    network = problem.network.row(0)
+    everyone = Neurons.from_mask(torch.ones_like(torch.stack(network.neurons, 1)[0], dtype=torch.bool))
+    effects = direct_effects(network, everyone, metric.row(0, row))
+    torch.testing.assert_close(effects.value_S[-2:], metric.value(network.observed(metric))[0])
+    scale_S = effects.neuron_Sn.abs().sum(1) + effects.embed_ST.abs().sum(1) + effects.own_S.abs()
+    assert float(((effects.inflow() - effects.value_S).abs() / scale_S).max()) < 1e-10
 
 
 def test_edges_equal_a_loop_over_pairs_of_layers(llama, problem_of):

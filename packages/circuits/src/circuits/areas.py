@@ -42,7 +42,7 @@ def proportion_sizes(total: int, proportions: Sequence[float] = PROPORTIONS) -> 
 
 
 def areas(points: Sequence[CurvePoint], total: int, seed: int = 0) -> Areas:
-    """Return CPR and CMD of a curve over `total` nodes, with 95 % intervals that resample examples.
+    """Return CPR and CMD of a curve over `total` nodes, with 95 % intervals that resample examples (or clusters).
 
     The curve needs at least two different sizes; `curve(..., proportion_sizes(total), ...)` gives MIB's.
     """
@@ -63,7 +63,7 @@ def areas(points: Sequence[CurvePoint], total: int, seed: int = 0) -> Areas:
             f_P = np.stack([(circuit - empty).mean(-1) / gap for circuit in circuits], axis=-1)
             return np.trapezoid(np.abs(1 - f_P) if distance else f_P, axis_P, axis=-1) / width
 
-        return bootstrap_interval(*samples, statistic=statistic, seed=seed)
+        return bootstrap_interval(*samples, statistic=statistic, clusters=points[0].clusters, seed=seed)
 
     log_P = np.log(share_P)
     width = float(log_P[-1] - log_P[0])

@@ -23,9 +23,8 @@ from torch import Tensor
 from circuits.attribution import Problem
 from circuits.edge_patching import EdgeSet, causal_pairs, run_edges
 from circuits.edges import Neurons, direct_effects
-from circuits.faithfulness import CurvePoint
+from circuits.faithfulness import CurvePoint, pathway_values
 from circuits.metric import Metric
-from circuits.pathways import run_pathway
 from circuits.relp import relp
 from shared.errors import UserError
 
@@ -120,7 +119,7 @@ def evaluate_edges(
     def value_of(keep: bool) -> Float[Tensor, " B"]:
         shape = (1, model.architecture.n_layers, 1, model.architecture.n_neurons)
         keep_BLTN = torch.full(shape, keep, device=model.device)
-        return metric.value(run_pathway(model, batch, keep_BLTN, reference_BLTN))[:, 0]
+        return pathway_values(model, batch, metric, keep_BLTN, reference_BLTN)[:, 0]
 
     full_B, empty_B = value_of(True), value_of(False)
     points = []

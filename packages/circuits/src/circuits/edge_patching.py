@@ -33,6 +33,7 @@ from torch import Tensor
 from circuits.edges import Neurons
 from circuits.metric import Metric
 from circuits.pathways import neuron_sites
+from circuits.problem import read_out
 from shared.errors import UserError
 from shared.hooks import edit
 from shared.interventions import Intervention
@@ -185,10 +186,10 @@ def _run(
     patches = [_Patch(site, streams=streams, layer=layer) for layer, site in enumerate(neuron_sites(model))]
     repeated = _rows(batch, torch.arange(n_rows).repeat_interleave(n_streams))
     with torch.no_grad(), edit(model, patches):
-        logits_BRTV = model(repeated).unflatten(0, (n_rows, n_streams))
+        read_BRTX = read_out(model, repeated, metric).unflatten(0, (n_rows, n_streams))
     stream_K = routes.stream_S[len(edges.neurons) :]
     columns = [
-        metric.value(logits_BRTV[:, stream])[:, target] for target, stream in enumerate(stream_K.tolist())
+        metric.value(read_BRTX[:, stream])[:, target] for target, stream in enumerate(stream_K.tolist())
     ]
     return torch.stack(columns, dim=1)
 

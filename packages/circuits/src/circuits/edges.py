@@ -25,7 +25,7 @@ from torch import Tensor
 
 from circuits.frozen import FrozenNetwork
 from circuits.layers import FrozenBlock, FrozenNorm
-from circuits.metric import Metric, MetricError
+from circuits.metric import Metric
 
 # What a caller may look at on the way down: targets, layer, and the effect of all of the layer's neurons on them.
 OnLayer = Callable[[Int[Tensor, " S"], int, Float[Tensor, "S T N"]], None]
@@ -102,10 +102,6 @@ def direct_effects(
     """
     if len(network.embed_BTD) != 1:
         raise ValueError("edges are traced one example at a time: use network.row(index)")
-    if network.depth(metric) < len(network.blocks):
-        raise MetricError(
-            f"edges are traced from the top of the model, not from {metric.site}: score nodes alone"
-        )
     effects = _no_effects(network, neurons, metric)
     position_S = torch.cat([neurons.position_n, metric.positions_BK[0]])
     row_bytes = COPIES * network.embed_BTD.shape[2] * network.embed_BTD.element_size()
@@ -133,22 +129,21 @@ class _Written:
 
 def _no_effects(network: FrozenNetwork, neurons: Neurons, metric: Metric) -> DirectEffects:
     n, n_targets = len(neurons), metric.positions_BK.shape[1]
-    own_K = (network.logit_bias(metric) + metric.rest(network.observed(metric)))[0]
     n_layers, n_positions = len(network.blocks), network.embed_BTD.shape[1]
     new = network.embed_BTD.new_zeros
-    source_n = new(n)
+    source_n, observed_BTX = new(n), network.observed(metric)
     for layer, block in enumerate(network.blocks):
         here = neurons.layer_n == layer
         source_n[here] = block.neurons_BTN[0, neurons.position_n[here], neurons.index_n[here]]
     return DirectEffects(
-        value_S=torch.cat([source_n, metric.value(network.observed(metric))[0]]),
+        value_S=torch.cat([source_n, metric.value(observed_BTX)[0]]),
         source_n=source_n,
         unit_Sn=new(n + n_targets, n),
         embed_ST=new(n + n_targets, n_positions),
         position_ST=new(n + n_targets, n_positions),
         attn_bias_SLT=new(n + n_targets, n_layers, n_positions),
         mlp_bias_SLT=new(n + n_targets, n_layers, n_positions),
-        own_S=torch.cat([new(n), own_K]),
+        own_S=torch.cat([new(n), network.logit_bias(metric)[0] + metric.rest(observed_BTX)[0]]),
         layer_SL=new(n + n_targets, n_layers),
     )
 
@@ -192,19 +187,19 @@ class _Sweep:
         self.network, self.neurons, self.effects = network, neurons, effects
         self.written, self.on_layer = written, on_layer
         n, (_, self.n_positions, width) = len(neurons), network.embed_BTD.shape
-        n_targets, n_layers = metric.positions_BK.shape[1], len(network.blocks)
-        self.layer_S = torch.cat([neurons.layer_n, neurons.layer_n.new_full((n_targets,), n_layers)])
-        self.targets = targets[self.layer_S[targets].argsort(descending=True)]
+        self.depth, n_targets = network.depth(metric), metric.positions_BK.shape[1]
+        # Twice the layer, and read-outs just above the blocks below them: the order in which targets join.
+        joins_S = torch.cat([2 * neurons.layer_n, neurons.layer_n.new_full((n_targets,), 2 * self.depth - 1)])
+        order = joins_S[targets].argsort(descending=True)
+        self.targets, self.joins_S = targets[order], joins_S[targets][order]
         self.all_STD = network.embed_BTD.new_zeros(len(targets), self.n_positions, width)
-        logits = self.targets[self.targets >= n] - n
-        self.active = len(logits)
-        if self.active:
-            chosen = replace(
-                metric,
-                weights_BKV=metric.weights_BKV[:, logits],
-                positions_BK=metric.positions_BK[:, logits],
-            )
-            self.all_STD[: self.active] = network.seed(chosen)[0]
+        self.active = 0
+        read_outs = self.targets[self.targets >= n] - n
+        self.metric = replace(
+            metric,
+            weights_BKV=metric.weights_BKV[:, read_outs],
+            positions_BK=metric.positions_BK[:, read_outs],
+        )
 
     @property
     def g_STD(self) -> Float[Tensor, "S T D"]:
@@ -225,6 +220,8 @@ class _Sweep:
     def _pass_block(self, layer: int) -> None:
         """Read the sources of this block, then let its own targets join, then step through its attention."""
         block = self.network.blocks[layer]
+        if layer == self.depth - 1:
+            self._join_read_outs()
         if self.active:
             self._read_mlp(block, layer)
         if not block.parallel:
@@ -261,9 +258,16 @@ class _Sweep:
             seen_hSD = self.g_STD.transpose(0, 1)[position]
             effects.unit_Sn[joined[:, None], sources] = torch.bmm(seen_hSD, write_hD[..., None])[..., 0].T
 
+    def _join_read_outs(self) -> None:
+        """Start the metric's targets at the stream that it reads."""
+        count = self.metric.positions_BK.shape[1]
+        if count:
+            self.all_STD[self.active : self.active + count] = self.network.seed(self.metric)[0]
+            self.active += count
+
     def _join(self, block: FrozenBlock, layer: int) -> None:
         """Add this block's target neurons as one-hot cotangents pulled back to the stream their MLP reads."""
-        joining = self.targets[self.layer_S[self.targets] == layer]
+        joining = self.targets[self.joins_S == 2 * layer]
         if not len(joining):
             return
         position, index = self.neurons.position_n[joining], self.neurons.index_n[joining]

@@ -11,7 +11,7 @@ A row that is taken later adds to the influence of everything below it, so ranks
 `row_sources` largest entries are kept; the row's sum counts all of them, and tokens and biases too.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -71,8 +71,13 @@ class _Rows:
         """Compute and keep the rows of some neurons, or of the logits."""
         metric = self.metric
         if not logits:
-            metric = replace(
-                metric, weights_BKV=metric.weights_BKV[:, :0], positions_BK=metric.positions_BK[:, :0]
+            none = slice(0)
+            metric = Metric(
+                metric.name,
+                metric.weights_BKV[:, none],
+                metric.positions_BK[:, none],
+                metric.tokens,
+                metric.site,
             )
         n_rows = len(neurons) + metric.positions_BK.shape[1]
         dense_SLTN = self.network.embed_BTD.new_zeros(n_rows, *self.shape)

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from circuits.attribution import top_nodes
 from circuits.metric import Metric
-from circuits.pathways import run_pathway
+from circuits.pathways import pathway_edits
+from circuits.problem import measure
+from shared.hooks import edit
 from shared.stats import Interval, bootstrap_interval
 
 if TYPE_CHECKING:
@@ -63,7 +65,8 @@ class CurvePoint:
 
     def gap(self, seed: int = 0) -> Interval:
         """Return the mean of m(M) - m(0), the denominator of both ratios: where it is small they explode."""
-        return bootstrap_interval((self.full_B - self.empty_B).double().cpu().numpy(), seed=seed)
+        gap_B = (self.full_B - self.empty_B).double().cpu().numpy()
+        return bootstrap_interval(gap_B, clusters=self.clusters, seed=seed)
 
     def per_example(self) -> Float[Tensor, "2 B"]:
         """Return faithfulness and completeness of every example (unstable where full - empty is small)."""
@@ -73,6 +76,18 @@ class CurvePoint:
 
 def _ratio(part: NDArray, full: NDArray, empty: NDArray) -> NDArray | float:
     return (part - empty).mean(-1) / (full - empty).mean(-1)
+
+
+def pathway_values(
+    model: "Model",
+    batch: "TokenBatch",
+    metric: Metric,
+    keep_BLTN: Bool[Tensor, "#B L #T N"],
+    reference_BLTN: Float[Tensor, "#B L #T N"],
+) -> Float[Tensor, "B K"]:
+    """Return every target's value with every neuron outside `keep` at its reference."""
+    with torch.no_grad(), edit(model, pathway_edits(model, keep_BLTN, reference_BLTN)):
+        return measure(model, batch, metric)
 
 
 def evaluate(
@@ -85,7 +100,7 @@ def evaluate(
     """Return the values of every circuit (masks, one for all examples or one each) on one batch with one target."""
 
     def value_of(keep_BLTN: Tensor) -> Float[Tensor, " B"]:
-        return metric.value(run_pathway(model, batch, keep_BLTN, reference_BLTN))[:, 0]
+        return pathway_values(model, batch, metric, keep_BLTN, reference_BLTN)[:, 0]
 
     nothing = torch.zeros_like(circuits[0])
     full_B, empty_B = value_of(~nothing), value_of(nothing)

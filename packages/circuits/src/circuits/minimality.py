@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.faithfulness import pathway_values
 from circuits.metric import Metric
-from circuits.pathways import run_pathway
 
 if TYPE_CHECKING:
     from shared.models import Model
@@ -52,7 +52,7 @@ def minimality(
     """Return the need of every node of a circuit and of `controls` random nodes outside: one run of the batch each."""
 
     def mean_value(mask_LTN: Tensor) -> float:
-        return float(metric.value(run_pathway(model, batch, mask_LTN[None], reference_BLTN))[:, 0].mean())
+        return float(pathway_values(model, batch, metric, mask_LTN[None], reference_BLTN)[:, 0].mean())
 
     def flipped(node_3: Tensor) -> float:
         mask_LTN = keep_LTN.clone()

@@ -86,11 +86,16 @@ class Problem:
 
 def measure(model: "Model", batch: "TokenBatch", metric: Metric) -> Float[Tensor, "B K"]:
     """Run the model under its active edits and return every target's value, differentiable if gradients are enabled."""
+    return metric.value(read_out(model, batch, metric))
+
+
+def read_out(model: "Model", batch: "TokenBatch", metric: Metric) -> Float[Tensor, "B T X"]:
+    """Run the model under its active edits and return what a metric reads: the logits, or the stream at its site."""
     if metric.site == LOGITS:
-        return metric.value(model(batch))
+        return model(batch)
     with capture(model, [metric.site]) as acts:
         model(batch)
-    return metric.value(acts[metric.site])
+    return acts[metric.site]
 
 
 def pose(

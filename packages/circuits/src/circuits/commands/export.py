@@ -2,15 +2,10 @@
 
 import argparse
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
-from circuits.export import write_neuronpedia
-from circuits.graph import Graph
+from circuits.formats import FORMATS
 from shared.errors import UserError
-
-# Name of a format -> what writes a graph to a file in it.
-FORMATS: dict[str, Callable[[Graph, Path], Path]] = {"neuronpedia": write_neuronpedia}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,14 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("graph", type=Path, metavar="GRAPH", help="a folder that `circuits trace` or `make circuits` wrote")
     add("--to", required=True, choices=sorted(FORMATS), help="the format")
-    add("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    add("--out", type=Path, required=True, metavar="FILE", help="the file to write (csv: a folder)")
 
 
 def main(arguments: Namespace) -> int:
     """Write the file and print its path."""
     from circuits.folder import open_folder
 
-    if arguments.out.is_dir():
+    if arguments.out.is_dir() and arguments.to != "csv":
         raise UserError(f"--out {arguments.out} is a folder; give a file")
     content = open_folder(arguments.graph)
     print(FORMATS[arguments.to](content.graph, arguments.out))
