@@ -36,43 +36,45 @@ def loop_over_layer_pairs(
     """Return the direct effects among neurons, and on a metric's targets, by autograd: one prompt, a Llama's blocks."""
     n_layers = model.architecture.n_layers
     views = [model.architecture.block(layer) for layer in range(n_layers)]
-    kinds = ("input", "attn_out", "neurons", "mlp_out")
-    sites = [f"blocks.{layer}.{kind}" for layer in range(n_layers) for kind in kinds]
-    with torch.no_grad(), capture(model, [*sites, f"blocks.{n_layers - 1}.output"]) as seen:
+    with torch.no_grad(), capture(model, ["embed"]) as seen:
         model(batch)
-    acts = {site: value[0].detach() for site, value in seen.items()}
-    with torch.no_grad():
         patterns = [pattern[0] for pattern in attention_patterns(model, batch)]
     n, n_targets = len(neurons), metric.positions_BK.shape[1]
-    effect_Sn = acts["blocks.0.input"].new_zeros(n + n_targets, n)
+    effect_Sn = seen["embed"].new_zeros(n + n_targets, n)
     for upper in range(1, n_layers + 1):
-        targets = (
-            (neurons.layer_n == upper).nonzero()[:, 0] if upper < n_layers else torch.arange(n, n + n_targets)
-        )
+        last = upper == n_layers
+        targets = torch.arange(n, n + n_targets) if last else (neurons.layer_n == upper).nonzero()[:, 0]
         for lower in range(upper if len(targets) else 0):
             sources = (neurons.layer_n == lower).nonzero()[:, 0]
             if not len(sources):
                 continue
-            a_TN = acts[f"blocks.{lower}.neurons"].clone().requires_grad_()
-            x_TD = (
-                acts[f"blocks.{lower}.input"]
-                + acts[f"blocks.{lower}.attn_out"]
-                + a_TN @ views[lower].W_down.T
-            )
-            for layer in range(lower + 1, upper):
-                x_TD = x_TD + attend(views[layer], patterns[layer], x_TD) + acts[f"blocks.{layer}.mlp_out"]
-            if upper < n_layers:
+            x_TD, a_TN = direct_stream(views[:upper], patterns, seen["embed"][0], lower)
+            if last:
+                logits_TV = normed(model.architecture.final_norm, x_TD) @ model.architecture.W_U.T
+                value_S = metric.value(logits_TV[None])[0]
+            else:
                 x_TD = x_TD + attend(views[upper], patterns[upper], x_TD)
                 place = (neurons.position_n[targets], neurons.index_n[targets])
                 value_S = surrogate(views[upper], x_TD)[place]
-            else:
-                logits_TV = normed(model.architecture.final_norm, x_TD) @ model.architecture.W_U.T
-                value_S = metric.value(logits_TV[None])[0]
             eye_SS = torch.eye(len(targets), dtype=value_S.dtype)
             [jacobian_STN] = torch.autograd.grad(value_S, a_TN, eye_SS, is_grads_batched=True)
             at, index = neurons.position_n[sources], neurons.index_n[sources]
             effect_Sn[targets[:, None], sources] = jacobian_STN[:, at, index] * a_TN.detach()[at, index]
     return effect_Sn
+
+
+def direct_stream(
+    views: list[BlockView], patterns: list[Tensor], embed_TD: Tensor, lower: int
+) -> tuple[Tensor, Tensor]:
+    """The residual stream after some blocks, and one layer's neurons, on which it depends along direct paths only."""
+    x_TD, leaf_TN = embed_TD, embed_TD
+    for layer, view in enumerate(views):
+        x_TD = x_TD + attend(view, patterns[layer], x_TD)
+        a_TN = surrogate(view, x_TD).detach()
+        if layer == lower:
+            leaf_TN = a_TN = a_TN.requires_grad_()
+        x_TD = x_TD + a_TN @ view.W_down.T
+    return x_TD, leaf_TN
 
 
 def normed(norm: NormView | None, x_TD: Tensor) -> Tensor:

@@ -151,13 +151,13 @@ def _no_effects(network: FrozenNetwork, neurons: Neurons, metric: Metric) -> Dir
 def _groups(position_S: Tensor, max_rows: int) -> Iterator[tuple[Tensor, int]]:
     """Yield groups of targets, the latest first, with the tokens they see; at most max_rows of targets times tokens.
 
-    A group's earliest target sees at least two thirds of what its latest one sees, so that little is swept in vain.
+    A group's earliest target sees at least half of what its latest one sees, so that little is swept in vain.
     """
     order, start = position_S.argsort(descending=True, stable=True), 0
     tokens_S = position_S[order] + 1
     while start < len(order):
         stop = int(tokens_S[start])
-        late = int((3 * tokens_S[start:] >= 2 * stop).sum())
+        late = int((2 * tokens_S[start:] >= stop).sum())
         size = max(1, min(late, max_rows // stop))
         yield order[start : start + size], stop
         start += size
@@ -232,7 +232,7 @@ class _Sweep:
         if block.parallel:
             self._join(block, layer)
 
-    def _read(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "S T"]:
+    def _read(self, x_TD: Float[Tensor, "_ D"]) -> Float[Tensor, "S T"]:
         return torch.einsum("std,td->st", self.g_STD, x_TD[: self.n_positions])
 
     def _read_bias(self, effect_SLT: Tensor, layer: int, bias_TD: Float[Tensor, "T D"] | None) -> None:

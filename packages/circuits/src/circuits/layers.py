@@ -33,20 +33,25 @@ class FrozenNorm:
     scale_BTD: Float[Tensor, "B T #D"]
     shift_D: Float[Tensor, " D"] | None = None
     centred: bool = False
+    identical: bool = False  # y = x: no product with a scale of ones
 
     @classmethod
     def identity(cls, x_BTD: Float[Tensor, "B T D"]) -> "FrozenNorm":
         """Return the norm that is none, for a stream like x."""
-        return cls(torch.ones_like(x_BTD[..., :1]))
+        return cls(torch.ones_like(x_BTD[..., :1]), identical=True)
 
     def forward(self, x_BKTD: Cotangent, shift: bool = True) -> Cotangent:
         """Apply the frozen norm; `shift=False` gives its linear part alone."""
+        if self.identical:
+            return x_BKTD
         x_BKTD = x_BKTD - x_BKTD.mean(-1, keepdim=True) if self.centred else x_BKTD
         y_BKTD = x_BKTD * self.scale_BTD[:, None]
         return y_BKTD + self.shift_D if shift and self.shift_D is not None else y_BKTD
 
     def transpose(self, g_BKTD: Cotangent) -> Cotangent:
         """Pull a cotangent on the output back to the input."""
+        if self.identical:
+            return g_BKTD
         g_BKTD = g_BKTD * self.scale_BTD[:, None]
         return g_BKTD - g_BKTD.mean(-1, keepdim=True) if self.centred else g_BKTD
 
