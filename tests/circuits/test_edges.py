@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from circuits.attribution import top_nodes
-from circuits.edges import Neurons, direct_effects
+from circuits.edges import Neurons, _groups, direct_effects
 from circuits.metric import direction, log_probability
 from circuits.rules import Rules
 
@@ -93,3 +95,16 @@ def test_edges_equal_a_loop_over_pairs_of_layers(llama, problem_of):
     assert (
         float(((loop_Sn - effects.neuron_Sn).abs() / scale).max()) < 1e-5
     )  # norms, and the eager patterns of the loop, are float32
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(0, 500))
+def test_groups_are_bounded_and_complete(positions, max_rows):
+    """D14: memory is linear in what a group may hold, however many targets there are; no target is swept twice."""
+    position_S = torch.tensor(positions)
+    groups = list(_groups(position_S, max_rows))
+    assert sorted(torch.cat([targets for targets, _ in groups]).tolist()) == list(range(len(positions)))
+    for targets, stop in groups:
+        seen = position_S[targets] + 1
+        assert int(seen.max()) == stop <= 2 * int(seen.min())
+        assert len(targets) * stop <= max(max_rows, stop)

@@ -76,6 +76,7 @@ def page_data(graph: Graph) -> dict[str, Any]:
             "index": columns["index_n"][node],
             "activation": columns["activation_n"][node],
             "total": columns["total_nK"][node],
+            "own": columns["own_n"][node],
             "remainder": columns["remainder_n"][node],
             "label": graph.label(node),
             "note": graph.header.notes.get(str(node), ""),

@@ -43,6 +43,7 @@ function details() {
   else if (ranks(item) || item.kind === "logit") rows.push(["activation", number(item.activation)]);
   if (item.kind !== "logit") header.targets.forEach((name, i) => rows.push([`effect on ${word(name)}`, `${signed(effect(item, i))}  (${percent(Math.abs(effect(item, i)) / scaleOf(i))})`]));
   if (!item.members && ranks(item)) rows.push(["token", `${word(token(item))} (${item.position})`], ["layer", String(item.layer)], ["index", String(item.index)]);
+  if (!item.members && item.own) rows.push(["from its own biases", signed(item.own)]);
   if (!item.members && item.ins.length) rows.push(["from outside of the graph", signed(item.remainder)]);
   const links = scene.links, into = links.filter((link) => link.target === item), outOf = links.filter((link) => link.source === item);
   return [
