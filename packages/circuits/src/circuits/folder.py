@@ -42,6 +42,19 @@ class GraphFolder:
         write_page(self.graph, folder / PAGE, title, supernodes=self.supernodes, effects=self.effects)
         return folder
 
+    def write_neuronpedia(self, path: Path | str) -> Path:
+        """Write the graph with its supernodes as one JSON file for circuit-tracer's and Neuronpedia's front ends."""
+        from circuits.export import neuronpedia
+
+        exported = neuronpedia(self.graph)
+        ids = [node["node_id"] for node in exported["nodes"]]
+        named = ((one.label, members_of(self.graph, one)) for one in self.supernodes)
+        exported["qParams"]["supernodes"] = [
+            [label, *(ids[node] for node in members)] for label, members in named if members
+        ]
+        write_json(Path(path), exported)
+        return Path(path)
+
 
 def open_folder(folder: Path | str) -> GraphFolder:
     """Read a graph's folder; supernodes and effects may be absent. GraphError says what is wrong with a file."""
@@ -50,20 +63,6 @@ def open_folder(folder: Path | str) -> GraphFolder:
     supernodes = read_supernodes(folder / SUPERNODES).supernodes if (folder / SUPERNODES).exists() else []
     effects = _rows(folder / EFFECTS, "effects") if (folder / EFFECTS).exists() else []
     return GraphFolder(graph, supernodes, effects)
-
-
-def write_neuronpedia(content: GraphFolder, path: Path | str) -> Path:
-    """Write the graph with its supernodes as one JSON file for circuit-tracer's and Neuronpedia's front ends."""
-    from circuits.export import neuronpedia
-
-    exported = neuronpedia(content.graph)
-    ids = [node["node_id"] for node in exported["nodes"]]
-    named = ((one.label, members_of(content.graph, one)) for one in content.supernodes)
-    exported["qParams"]["supernodes"] = [
-        [label, *(ids[node] for node in members)] for label, members in named if members
-    ]
-    write_json(Path(path), exported)
-    return Path(path)
 
 
 def graph_folders(root: Path | str) -> list[Path]:

@@ -23,5 +23,8 @@ def main(arguments: Namespace) -> int:
     if arguments.out.is_dir() and arguments.to != "csv":
         raise UserError(f"--out {arguments.out} is a folder; give a file")
     content = open_folder(arguments.graph)
-    print(FORMATS[arguments.to](content.graph, arguments.out))
+    if arguments.to == "neuronpedia":  # the one format that has supernodes
+        print(content.write_neuronpedia(arguments.out))
+    else:
+        print(FORMATS[arguments.to](content.graph, arguments.out))
     return 0
