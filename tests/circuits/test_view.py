@@ -92,6 +92,8 @@ def test_live_edits_are_those_of_the_model(library, model, graph):
 def test_a_folder_that_is_a_graph_and_one_that_is_broken(library, tmp_path):
     alone = Library(tmp_path / "a folder" / "first", CONFIG)
     assert list(alone.graphs()) == ["first"]
+    (tmp_path / "a folder" / "first" / "supernodes.json").write_text("[]")
+    assert "holds no supernodes" in library.summary("a folder/first")["error"]
     (tmp_path / "a folder" / "first" / "graph.json").write_text("{")
     assert "not JSON" in library.summary("a folder/first")["error"]
     assert "not JSON" in index_page(library)

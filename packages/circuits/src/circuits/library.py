@@ -67,7 +67,7 @@ class Library:
         """Return what the index shows of a graph; of one that cannot be read, why."""
         try:
             graph = self.open(name).graph
-        except GraphError as error:
+        except UserError as error:
             return {"name": name, "error": str(error)}
         header = graph.header
         return {
