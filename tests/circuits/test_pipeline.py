@@ -107,9 +107,7 @@ def test_concepts_on_a_file_of_pairs(pairs, tmp_path, monkeypatch):
     assert content.number == len(content.supernodes) == metrics["supernodes"]["letters"]["number"]
     assert {layer for one in content.supernodes for layer, *_ in one.nodes} <= {0, 1, 2}
     assert 0 < metrics["supernodes"]["letters"]["coverage"] <= 1
-    assert [row["label"] for row in open_folder(folder).supernodes] == [
-        one.label for one in content.supernodes
-    ]
+    assert open_folder(folder).supernodes == content.supernodes
     assert open_folder(folder).effects
     assert metrics["hypotheses"]["letters"] == {"selected": 0, "hold": 0}  # every row is a class of its own
     assert [point.nodes for point in metrics["steering"]["letters"]] == [
