@@ -477,6 +477,20 @@ def test_real_files(name, folder, part, rows, items):
         assert {item.meta["value"] for item in corpus.items} == {"male", "female"}
 
 
+def test_a_study_names_a_set_in_its_configuration(tmp_path):
+    from assumptions.sources import load_messages
+
+    for key in (("gsm8k", "test"), ("elephant_oeq", "")):
+        write(tmp_path / ROWS[key][0], ROWS[key][1])
+    named = load_messages(f"gsm8k/test:{tmp_path}", 1, 0, {})
+    assert [chat.turn for chat in named.chats] == ["q0"]
+    assert named.posterior_BK is None
+    assert len(load_messages(f"elephant_oeq:{tmp_path}/OEQ.csv", 9, 0, {}).chats) == 2
+    assert len(load_messages(str(tmp_path / "OEQ.csv"), 9, 0, {"text": "prompt"}).chats) == 2
+    with pytest.raises(UserError, match="choose one"):
+        load_messages(f"gsm8k:{tmp_path}", 1, 0, {})
+
+
 class TestOwnConversations:
     """T20: one turn model; T21: no history, however it is written."""
 

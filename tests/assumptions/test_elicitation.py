@@ -236,6 +236,22 @@ def test_samples_are_averaged_and_missing_scores_are_nan():
     np.testing.assert_array_equal(scores, [[np.nan, np.nan], [0.4, np.nan]])
 
 
+def test_health_by_stratum_and_the_share_that_was_cut():
+    records = [
+        Record("a", 0, Status.CLEAN, {}, "", finish_reason="stop"),
+        Record("b", 0, Status.SALVAGED, {}, "", finish_reason="length"),
+        Record("c", 0, Status.CLEAN, {}, "", finish_reason="stop"),
+        Record("c", 1, Status.FAILED, {}, "", error="refused"),
+    ]
+    result = Elicitation(records)
+    by = result.health_by({"a": "advice", "b": "advice", "c": "general"})
+    assert {name: {k: v for k, v in counts.items() if v} for name, counts in by.items()} == {
+        "advice": {"clean": 1, "salvaged": 1},
+        "general": {"clean": 1, "failed": 1},
+    }
+    assert result.cut_share() == 0.25
+
+
 def test_order_of_dimensions_is_shuffled_by_seed_and_scores_stay_named(tmp_path):
     options = replace(FREE, shuffle_order=True)
     result = elicit(engine(), NINE, chats(20), tmp_path / "a.jsonl", options)

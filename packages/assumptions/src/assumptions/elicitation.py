@@ -12,7 +12,7 @@ A row that the engine refuses fails alone; an engine that does not work raises i
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,17 @@ class Elicitation:
     def health(self) -> dict[str, int]:
         """Number of answers by status, every status named."""
         return {status.value: sum(r.status is status for r in self.records) for status in Status}
+
+    def health_by(self, strata: Mapping[str, str]) -> dict[str, dict[str, int]]:
+        """`health` by stratum; `strata` names that of every chat id (its data set, say, or its group)."""
+        names = sorted({strata[record.id] for record in self.records})
+        return {
+            name: Elicitation([r for r in self.records if strata[r.id] == name]).health() for name in names
+        }
+
+    def cut_share(self) -> float:
+        """Share of the answers that ran into the token limit: too long, or looping."""
+        return sum(record.finish_reason == "length" for record in self.records) / max(len(self.records), 1)
 
     def valid_share(self) -> float:
         """Share of the answers from which every score was read."""

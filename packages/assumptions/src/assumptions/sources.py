@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from assumptions.chats import Chat, read_chats
+from assumptions.corpora import CORPORA, load_corpus
 from assumptions.dimensions import NAMES
 from assumptions.outcomes import OUTCOMES
 
@@ -20,9 +21,12 @@ class Messages:
 
 
 def load_messages(data: str, count: int, seed: int, columns: Mapping[str, str]) -> Messages:
-    """`count` held-out messages of the embedded world ("tinyworld"), or the first `count` rows of a file."""
+    """`count` held-out messages of the embedded world ("tinyworld"), or the first `count` of a file or of a public set.
+
+    A public set is written NAME:SOURCE or NAME/PART:SOURCE, for example `elephant_oeq:data/OEQ.csv` (`corpora`).
+    """
     if data != "tinyworld":
-        return Messages(read_chats(data, columns or None)[:count], None)
+        return Messages(_public_set(data, count) or read_chats(data, columns or None)[:count], None)
     from shared.tinyworld import social
 
     turns = social.sample_turns(count, seed=seed, split="test")
@@ -31,6 +35,15 @@ def load_messages(data: str, count: int, seed: int, columns: Mapping[str, str]) 
     ]
     order = [social.DIMENSIONS.index(name) for name in NAMES]
     return Messages(chats, np.array([turn.posterior_9[order] for turn in turns], dtype=float))
+
+
+def _public_set(data: str, count: int) -> list[Chat]:
+    """The chats of NAME[/PART]:SOURCE; none where `data` does not begin with the name of a set."""
+    name, _, source = data.partition(":")
+    name, _, part = name.partition("/")
+    if not source or name not in CORPORA:
+        return []
+    return load_corpus(name, source, part=part or None, limit=count).chats()
 
 
 def moved_outcomes(data: str, dimension: str) -> Sequence[str]:
