@@ -98,7 +98,7 @@ def _from_hub(chosen: Corpus, part: Part, name: str | None) -> tuple[Raw, dict[s
     import datasets
 
     several = len(chosen.parts) > 1 and chosen.config is None
-    where = {"data_files": part.file, "split": "train"} if several else {"split": part.split}
+    where: dict[str, Any] = {"data_files": part.file, "split": "train"} if several else {"split": part.split}
     try:
         rows = datasets.load_dataset(name, chosen.config, streaming=True, **where)
     except (OSError, ValueError) as error:
