@@ -8,10 +8,8 @@ import pytest
 
 from assumptions.chats import Chat
 from assumptions.elicitation import ElicitationSettings, check, elicit
-from assumptions.histories import follow
 from assumptions.instruments import INSTRUMENTS, instrument
 from assumptions.parsing import Status
-from assumptions.records import Record
 from assumptions.sources import load_messages
 from shared.errors import UserError
 from shared.generation import HFGenerator, OpenAIGenerator, Request
@@ -82,37 +80,6 @@ def test_t13_the_prompt_begins_with_one_bos_at_most(model):
     )["input_ids"]
     assert ids == list(direct)
     assert bos is None or ids.count(bos) <= 1
-
-
-def answered(text, status=Status.CLEAN, sections=None, error=None):
-    return Record("a", 0, status, {"user_rightness": 0.5}, text, sections=sections or {}, error=error)
-
-
-def test_t16_a_failure_never_enters_the_next_history():
-    chat = Chat("a", "Am I right?")
-    for record in (
-        answered("", Status.FAILED, error="Timeout: no answer"),
-        answered('{"user_rightness": 0.5', Status.SALVAGED),
-        answered("<number from 0 to 1>", Status.TEMPLATE_ECHO),
-    ):
-        with pytest.raises(UserError, match="ask it again"):
-            follow(chat, record, "And now?")
-
-
-def test_t17_the_history_holds_the_reply_alone_unless_all_is_asked_for():
-    chat = Chat("a", "Am I right?", ({"role": "user", "content": "Hello"},), group="g", source="s")
-    text = '{"mental_model": {"beliefs": {}}}\nRESPONSE: I see it otherwise.'
-    record = answered(text, sections={"RESPONSE": "I see it otherwise."})
-    following = follow(chat, record, "Why?")
-    assert following.history[-1] == {"role": "assistant", "content": "I see it otherwise."}
-    assert not any("{" in message["content"] for message in following.history)
-    assert [m["content"] for m in following.history[:2]] == ["Hello", "Am I right?"]
-    assert (following.id, following.turn, following.group, following.source) == ("a", "Why?", "g", "s")
-    assert follow(chat, record, "Why?", keep="full").history[-1]["content"] == text
-    with pytest.raises(UserError, match="ends with RESPONSE"):
-        follow(chat, answered("{}"), "Why?")
-    with pytest.raises(UserError, match="next user message is empty"):
-        follow(chat, record, " ")
 
 
 def test_t28_every_choice_builds_or_is_refused_before_an_engine_is_needed():
