@@ -6,6 +6,7 @@ fixed seed (github.com/MaartenGr/BERTopic/issues/2276). It is an option, never t
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 
@@ -32,7 +33,8 @@ def bertopic_cluster(texts: Sequence[str], seed: int = 0) -> Clustering:
         ) from error
     order = sorted(range(len(texts)), key=lambda i: texts[i])
     documents = [texts[i] for i in order]
-    model = BERTopic(umap_model=UMAP(n_neighbors=15, n_components=5, metric="cosine", random_state=seed))
+    reducer = umap.UMAP(n_neighbors=15, n_components=5, metric="cosine", random_state=seed)
+    model = bertopic.BERTopic(umap_model=reducer)
     topics = np.asarray(model.fit_transform(documents)[0])
     labels = np.empty(len(texts), dtype=np.int64)
     labels[order] = topics
