@@ -25,8 +25,7 @@ _NAME = (
 def bertopic_cluster(texts: Sequence[str], seed: int = 0) -> Clustering:
     """Topics of BERTopic as clusters; its outliers are cluster number -1. UserError where it is not installed."""
     try:
-        from bertopic import BERTopic
-        from umap import UMAP
+        bertopic, umap = import_module("bertopic"), import_module("umap")
     except ImportError as error:
         raise UserError(
             "BERTopic is not installed: pip install bertopic, or take words.clusters.cluster"
