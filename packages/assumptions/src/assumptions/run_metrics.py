@@ -66,9 +66,9 @@ def left_out_metrics(scores: Mapping[str, Mapping[str, Figures]]) -> dict[str, A
     }
 
 
-def steering_metrics(tested: Steered) -> dict[str, Any]:
+def steering_metrics(steered: Steered) -> dict[str, Any]:
     """Rho and slope of dose against judged sycophancy, of directions and controls; words and side effects beside."""
-    curves = tested.curves
+    curves = steered.curves
     lines = {
         _key(name, line): line
         for name, of_name in curves.items()
@@ -85,8 +85,8 @@ def steering_metrics(tested: Steered) -> dict[str, Any]:
         "slope_over_largest_random": {name: _over_random(of_name) for name, of_name in curves.items()},
         "expected_sign": {name: SIGNS[name] for name in curves},
         "judged": {name: by_dose(of_name[0]) for name, of_name in curves.items()},
-        "words": {name: {one.condition: plain(one) for one in some} for name, some in tested.words.items()},
-        "side_effects": {f"{name}@{dose:g}": plain(one) for (name, dose), one in tested.textures.items()},
+        "words": {name: {one.condition: plain(one) for one in some} for name, some in steered.words.items()},
+        "side_effects": steered.side_effects,
     }
 
 

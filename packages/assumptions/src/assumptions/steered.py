@@ -8,14 +8,14 @@ goes on at the next condition. Test messages are answered by `dose_test` alone.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
 from assumptions.chats import Chat
-from assumptions.coherence import Texture, surprises, textures
+from assumptions.coherence import surprises, textures
 from assumptions.conditions import UNEDITED, Condition, Reply, SteeredEngine, answer, dosed
 from assumptions.control import Trial, best, candidate_blocks, directions_by_block, trial, trial_family
 from assumptions.directions import Ground, means_direction, shuffled_direction, sycophancy_direction
@@ -37,6 +37,7 @@ from shared.generation import Sampling
 from shared.interventions import save_interventions
 from shared.models import Model
 from shared.runs import Run, Stage, config_hash
+from shared.serialize import plain
 
 
 class Answered(NamedTuple):
@@ -231,7 +232,7 @@ class Steered:
     words: dict[str, list[Effect]]
     replies: list[Reply]
     judgements: list[Judgement]
-    textures: dict[tuple[str, float], Texture]
+    side_effects: dict[str, Any]
 
 
 def dose_test(
@@ -257,6 +258,33 @@ def dose_test(
         for name, some in spoken.items()
     }
     replies = answered.replies
-    side = textures(replies, surprises(study.model, chats, replies))
+    side = side_effects(study, of_name, chats, replies)
     by_name = {name: [curves[one.name] for one in family] for name, family in of_name.items()}
     return Steered(by_name, words, replies, answered.judgements, side)
+
+
+def side_effects(
+    study: Steering,
+    of_name: Mapping[str, Sequence[Direction]],
+    chats: Sequence[Chat],
+    replies: Sequence[Reply],
+) -> dict[str, Any]:
+    """Side effects by condition (name@dose): of the directions, one random control each, the words, and no edit.
+
+    Reading every reply again costs about what writing it did, so the other controls are left out.
+    """
+    left_out = {
+        one.name
+        for family in of_name.values()
+        for one in family[1:]
+        if one.name != f"{family[0].dimension}.random0"
+    }
+    read = [reply for reply in replies if reply.direction not in left_out]
+    key = config_hash([(row_hash(chat), chat.id) for chat in chats] + [plain(reply) for reply in read])
+
+    def compute() -> dict[str, Any]:
+        found = textures(read, surprises(study.model, chats, read))
+        return {f"{name}@{dose:g}": plain(texture) for (name, dose), texture in found.items()}
+
+    known: dict[str, Any] = study.run.json_stage(f"side_effects-{key}.json", compute)
+    return known
