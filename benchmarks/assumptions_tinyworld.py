@@ -109,7 +109,11 @@ def main() -> None:
         time.time() - started if args.folder is None else sum(s["seconds"] for s in stages.values())
     )
     rows = [target.row(metrics) for target in TARGETS]
-    settings = {"model": "tinyworld", "dtype": "float32"}
+    study = read_json(folder / "manifest.json")["config"]["settings"]
+    steering = {
+        f"steering.{key}": study["steering"][key] for key in ("doses", "messages", "random", "controls")
+    }
+    settings = {key: study[key] for key in ("messages", "engine", "truth", "again")} | steering
     print(write_results("assumptions_tinyworld", CLAIM, rows, settings, metrics))
     print(json.dumps({row["figure"]: row["value"] for row in rows}))
 

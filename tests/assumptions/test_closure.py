@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from assumptions import closing
 from assumptions.chats import Chat
-from assumptions.closing import closing_metrics, mediations
+from assumptions.closing import closing_metrics, mediations, scores_under
 from assumptions.closure import close, closure_figures
 from assumptions.conditions import UNEDITED, Reply
 from assumptions.dimensions import NAMES
@@ -13,7 +14,8 @@ from assumptions.forced import FORCED, forced_scores
 from assumptions.instruments import instrument
 from assumptions.mediation import Mediation
 from assumptions.outcomes import Judgement
-from assumptions.settings import AssumptionProbingConfig
+from assumptions.scripted import ScriptedGenerator
+from assumptions.settings import AssumptionProbingConfig, JudgeSettings
 from assumptions.sources import load_messages
 from assumptions.steered import Steered, Steering
 from assumptions.steering import Direction
@@ -133,6 +135,9 @@ class TestClosure:
         np.testing.assert_allclose(found.matrix, self.effect * 1.25, atol=1e-12)  # of messages 1 and 2
         with pytest.raises(UserError, match="two doses"):
             close(directions(), [0.0, 0.0], scores_under, NAMES[:3])
+        mute = close(directions(), [-1.0, 1.0], lambda edits: np.full((3, 3), np.nan), NAMES[:3])
+        assert np.isnan(mute.matrix).all()
+        assert np.isnan(closure_figures(mute)["slope_mean"])
 
 
 def test_a_studys_mediation_joins_scores_and_judged_replies_by_message_and_dose(model, tmp_path):
@@ -168,3 +173,26 @@ def test_a_studys_mediation_joins_scores_and_judged_replies_by_message_and_dose(
         {}, {}, replies, [Judgement({"validation": None, "framing": None}, {})] * len(replies), {}
     )
     assert "two messages" in mediations(study, closure, chats, unread)[closure.directions[0]]
+
+
+def test_on_any_model_the_instrument_is_asked_again_under_every_edit_once(tmp_path, monkeypatch):
+    """Answers lie in a file of their edit: a second study with the same edits asks nothing."""
+    plain = load("random:llama")
+    engine = ScriptedGenerator(instrument("nine_scores").shape(), lambda prompt: dict.fromkeys(NAMES, 0.7))
+    edited = []
+    monkeypatch.setattr(
+        closing, "HFGenerator", lambda _, edits, batch_size: edited.append(len(edits)) or engine
+    )
+    chats = [Chat(f"c{b}", f"message {b}") for b in range(3)]
+    config = AssumptionProbingConfig(
+        "mine.csv", instrument="nine_scores", judge=JudgeSettings("local", model="x")
+    )
+    for asked in (9, 9):
+        with start_run(tmp_path / "run", {}, seed=0) as run:
+            under = scores_under(Steering(config, run.use_model(plain), pytest.fail, run), chats)
+            found = close(directions(1), [-1.0, 0.0, 1.0], under, NAMES)
+        assert engine.asked == asked
+        assert found.scores_CMBK.shape == (1, 3, 3, 9)
+        assert (found.scores_CMBK == 0.7).all()
+    assert sorted(edited) == [0, 0, 1, 1, 1, 1]
+    assert len(list((tmp_path / "run").glob("again-*.jsonl"))) == 3

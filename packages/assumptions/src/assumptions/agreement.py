@@ -65,7 +65,7 @@ def panel(panel_of: Sequence[Sequence[Judgement]]) -> tuple[list[Judgement], dic
     by_exchange = list(zip(*panel_of, strict=True))
     for row in by_exchange:
         known = {name: [one.scores[name] for one in row if one.scores[name] is not None] for name in OUTCOMES}
-        scores = {name: float(np.mean(values)) if values else None for name, values in known.items()}  # type: ignore[arg-type]
+        scores = {name: float(np.mean(values)) if values else None for name, values in known.items()}
         together.append(Judgement(scores, {}))
     for name in OUTCOMES:
         graded = [[round(s) for one in row if (s := one.scores[name]) is not None] for row in by_exchange]

@@ -42,13 +42,13 @@ class Closure:
     @property
     def matrix(self) -> Float[ndarray, "C K"]:
         """Slope of every score on the dose of every direction."""
-        return np.asarray(np.nanmean(self.slopes_CBK, axis=1))
+        return known_mean(self.slopes_CBK, axis=1)
 
     def on_target(self) -> dict[str, Interval]:
         """Slope of each direction's own dimension, with a bootstrap interval over messages."""
         columns = [self.dimensions.index(target) for target in self.targets]
         return {
-            name: bootstrap_interval(slopes[np.isfinite(slopes)])
+            name: _interval(slopes[np.isfinite(slopes)])
             for name, slopes in (
                 (self.directions[c], self.slopes_CBK[c, :, k]) for c, k in enumerate(columns)
             )
@@ -63,14 +63,15 @@ class Closure:
         }
 
     def specificity(self) -> float:
-        """Mean slope on target over mean absolute slope off target."""
-        on = np.mean([one.estimate for one in self.on_target().values()])
-        return float(on / np.mean(list(self.off_target().values())))
+        """Mean slope on target over mean absolute slope off target; inf where nothing else moves."""
+        on = float(np.mean([one.estimate for one in self.on_target().values()]))
+        off = float(np.mean(list(self.off_target().values())))
+        return on / off if off else float("inf")
 
     def rho(self) -> dict[str, float]:
         """Spearman's correlation of dose and mean score of each direction's own dimension."""
         columns = [self.dimensions.index(target) for target in self.targets]
-        means_CMK = np.nanmean(self.scores_CMBK, axis=2)
+        means_CMK = known_mean(self.scores_CMBK, axis=2)
         return {
             name: float(spearman(self.doses, means_CMK[c, :, k]))
             for c, (name, k) in enumerate(zip(self.directions, columns, strict=True))
@@ -110,6 +111,18 @@ def close(
         list(doses),
         scores_CMBK,
     )
+
+
+def known_mean(values: Float[ndarray, "..."], axis: int) -> Float[ndarray, "..."]:
+    """Mean over an axis of the values that are known; nan where none is."""
+    known = np.isfinite(values)
+    count = known.sum(axis)
+    total = np.where(known, values, 0.0).sum(axis)
+    return np.asarray(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0))
+
+
+def _interval(slopes_B: Float[ndarray, " B"]) -> Interval:
+    return bootstrap_interval(slopes_B) if len(slopes_B) else Interval(np.nan, np.nan, np.nan)
 
 
 def closure_figures(closure: Closure) -> dict[str, object]:

@@ -73,8 +73,12 @@ def stance_rates(
         raise UserError(f"pair {lonely!r} lacks its {'true' if not pairs[lonely][True] else 'false'} twin")
     true, false = (np.array([np.mean(twins[side]) for twins in pairs.values()]) for side in (True, False))
     unread = float(np.mean([said[one.chat.id] is None for one in stances]))
-    rates = [bootstrap_interval(one, seed=seed) for one in (true, false, true - false)]
-    return StanceRates(*rates, unread)
+    return StanceRates(
+        bootstrap_interval(true, seed=seed),
+        bootstrap_interval(false, seed=seed),
+        bootstrap_interval(true - false, seed=seed),
+        unread,
+    )
 
 
 def world_stances(count: int, seed: int = 0) -> list[Stance]:
