@@ -87,7 +87,7 @@ def _relp_ig(problem: Problem, settings: Settings) -> Scores:
                 network = linearize(problem.model, problem.batch, problem.network.rules, checked=False)
             effect = relp(network, problem.metric, problem.basis).sensitivity_BKLTN[:, :, layer]
             mean_BKTX = mean_BKTX + weight * effect
-        layers.append(mean_BKTX)
+        layers.append(torch.as_tensor(mean_BKTX))
     return problem.scores(torch.stack(layers, dim=2))
 
 

@@ -12,7 +12,7 @@ Conservation (paper Appendix B; digest I1): value = sum over embeddings + sum ov
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -142,7 +142,7 @@ class FrozenNetwork:
     def row(self, index: int) -> "FrozenNetwork":
         """Return the frozen network of one example, its padding cut off (B becomes 1)."""
         keep_S, one = self.real_BT[index].nonzero()[:, 0], slice(index, index + 1)
-        tensors = {
+        tensors: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name)[one][:, keep_S]
             for name in ("final_BTD", "embed_BTD", "position_BTD", "logits_BTV", "input_ids_BT", "real_BT")
         }

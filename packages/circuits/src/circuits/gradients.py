@@ -100,7 +100,7 @@ def ig_activations(problem: Problem, settings: "Settings") -> Float[Tensor, "B K
             with torch.enable_grad(), edit(problem.model, point):
                 value_BK = problem.values()
             mean_BKTX = mean_BKTX + weight * gradients(value_BK, [point.source_BTX])[:, :, 0]
-        layers.append(mean_BKTX)
+        layers.append(torch.as_tensor(mean_BKTX))
     return problem.scores(torch.stack(layers, dim=2))
 
 

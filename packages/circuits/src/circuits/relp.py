@@ -93,11 +93,14 @@ def relp(network: FrozenNetwork, metric: Metric, basis: Basis = NEURONS) -> Rele
     assert sensitivity_BKLTN is not None  # a model has a block
     embed_BKT, position_BKT = _bottom(network, bottom_BKTD)
     read_BTX = network.observed(metric)
+    attn_bias_BKLT, neuron_bias_BKLT, mlp_bias_BKLT = biases_3BKLT.unbind()
     ledger = Ledger(
-        metric.value(read_BTX),
-        embed_BKT,
-        position_BKT,
-        *biases_3BKLT,
+        value_BK=metric.value(read_BTX),
+        embed_BKT=embed_BKT,
+        position_BKT=position_BKT,
+        attn_bias_BKLT=attn_bias_BKLT,
+        neuron_bias_BKLT=neuron_bias_BKLT,
+        mlp_bias_BKLT=mlp_bias_BKLT,
         logit_bias_BK=network.logit_bias(metric),
         rest_BK=metric.rest(read_BTX),
     )

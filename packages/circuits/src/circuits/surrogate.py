@@ -72,7 +72,8 @@ class Through(Intervention):
 def relp_by_autograd(problem: Problem, rules: Rules) -> Float[Tensor, "B K L T N"]:
     """Return gradient times difference under the rules, whichever they are."""
     network = _coefficients(problem, rules)
-    leaves, tape, metric = offsets(problem), {}, problem.metric
+    leaves, metric = offsets(problem), problem.metric
+    tape: Tape = {}
     edits = _edits(problem, network, rules, tape)
     recorded = [Recorded(site, tape=tape) for site in _recorded_sites(problem)]
     site = "final_norm" if metric.site == LOGITS else metric.site
@@ -106,7 +107,8 @@ def _recorded_sites(problem: Problem) -> list[str]:
 
 
 def _edits(problem: Problem, network: "FrozenNetwork", rules: Rules, tape: Tape) -> list[Intervention]:
-    row, edits = problem.model.architecture.row, list[Intervention]()
+    row = problem.model.architecture.row
+    edits: list[Intervention] = []
     for layer, block in enumerate(network.blocks):
         at = f"blocks.{layer}."
         if rules.qk == "frozen":
