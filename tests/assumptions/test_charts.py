@@ -91,7 +91,7 @@ def test_the_trade_off_puts_sycophancy_beside_its_cost():
 @pytest.mark.parametrize("words", [WORDS, {}])
 def test_the_page_of_costs_holds_words_and_side_effects(words, tmp_path):
     report = Report("x")
-    add_costs(report, Steered(CURVES, words, [], TEXTURES))
+    add_costs(report, Steered(CURVES, words, [], [], TEXTURES))
     page = report.write(tmp_path / "page.html").read_text()
     assert ("In words instead of" in page) == bool(words)
     assert "Side effects" in page
