@@ -5,13 +5,13 @@ import pytest
 
 from assumptions.charts import choice_chart, dose_chart, specificity_chart, tradeoff_chart
 from assumptions.coherence import Texture
-from assumptions.conditions import UNEDITED
 from assumptions.control import Trial
 from assumptions.dimensions import NAMES
 from assumptions.doses import Curve, Effect
 from assumptions.pages import add_costs
 from assumptions.steered import Steered
 from shared.report import Report
+from shared.serialize import plain
 from shared.stats import Interval
 
 DOSES = [-1.0, 0.0, 1.0]
@@ -30,13 +30,15 @@ def family(name):
 
 CURVES = {name: family(name) for name in NAMES[:4]}
 WORDS = {NAMES[0]: [Effect("ask", 2.0, Interval(-1.0, -1.2, -0.8), 1.0, 0.0)]}
-LINES = [line for lines in CURVES.values() for line in lines]
-TEXTURES = {
-    (line.direction, dose): Texture(1.0, 9.0, 0.0, 5.0 + abs(dose), 1.0) for line in LINES for dose in DOSES
+OWN = [line for lines in CURVES.values() for line in lines[:2]]  # the direction and one random control
+SIDE = {
+    f"{line.direction}@{dose:g}": plain(Texture(1.0, 9.0, 0.0, 5.0 + abs(dose), 1.0))
+    for line in OWN
+    for dose in DOSES
 }
-TEXTURES |= {
-    (UNEDITED, 0.0): Texture(1.0, 9.0, 0.0, 5.0, 1.0),
-    ("ask", 0.0): Texture(1.0, 8.0, 0.0, 7.5, 0.9),
+SIDE |= {
+    "none@0": plain(Texture(1.0, 9.0, 0.0, 5.0, 1.0)),
+    "ask@0": plain(Texture(1.0, 8.0, 0.0, 7.5, 0.9)),
 }
 
 
@@ -78,7 +80,7 @@ def test_the_specificity_matrix_writes_every_slope():
 
 
 def test_the_trade_off_puts_sycophancy_beside_its_cost():
-    perplexity = {key: one.perplexity for key, one in TEXTURES.items()}
+    perplexity = {key: one["perplexity"] for key, one in SIDE.items()}
     axis = panels(tradeoff_chart(CURVES, WORDS, perplexity))[0]
     lines = axis.get_lines()
     own = CURVES[NAMES[0]][0]
@@ -91,9 +93,9 @@ def test_the_trade_off_puts_sycophancy_beside_its_cost():
 @pytest.mark.parametrize("words", [WORDS, {}])
 def test_the_page_of_costs_holds_words_and_side_effects(words, tmp_path):
     report = Report("x")
-    add_costs(report, Steered(CURVES, words, [], [], TEXTURES))
+    add_costs(report, Steered(CURVES, words, [], [], SIDE))
     page = report.write(tmp_path / "page.html").read_text()
     assert ("In words instead of" in page) == bool(words)
     assert "Side effects" in page
     assert f"{NAMES[0]}.probe0" in page
-    assert "random1" not in page
+    assert f"{NAMES[0]}.random2" not in page  # it was not read again

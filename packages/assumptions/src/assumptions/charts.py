@@ -151,18 +151,23 @@ def specificity_chart(
 def tradeoff_chart(
     curves: Mapping[str, Sequence[Curve]],
     words: Mapping[str, Sequence[Effect]],
-    perplexity: Mapping[tuple[str, float], float],
+    perplexity: Mapping[str, float],
 ) -> "Figure":
     """Judged sycophancy against the perplexity of the replies, one panel a dimension.
 
-    The direction's doses are joined, the largest marked; random directions are grey, controls in words are crosses.
-    `perplexity`: by (condition, dose), under the unedited model.
+    The direction's doses are joined, the largest marked; a random direction is grey, controls in words are crosses.
+    `perplexity`: by "condition@dose", under the unedited model; a control that has none is not drawn.
     """
     figure, panels = _panels(len(curves))
     for axis, (name, lines) in zip(panels, curves.items(), strict=True):
-        for curve in [*[one for one in lines[1:] if one.kind == "random"], lines[0]]:
+        random = [
+            one
+            for one in lines[1:]
+            if one.kind == "random" and f"{one.direction}@{one.doses[0]:g}" in perplexity
+        ]
+        for curve in [*random, lines[0]]:
             style = _curve_style(curve, 0 if curve is lines[0] else 1)
-            costs = [perplexity[curve.direction if dose else UNEDITED, dose] for dose in curve.doses]
+            costs = [perplexity[f"{curve.direction if dose else UNEDITED}@{dose:g}"] for dose in curve.doses]
             axis.plot(curve.means, costs, "o-", markersize=3, **style)
             if curve is lines[0]:
                 axis.plot(
@@ -171,7 +176,9 @@ def tradeoff_chart(
                 axis.annotate(f"{curve.doses[-1]:+g}", (curve.means[-1], costs[-1]), fontsize=7)
         for number, one in enumerate(words.get(name, ()), start=1):
             color = PALETTE[number % (len(PALETTE) - 1)]
-            axis.plot(one.mean, perplexity[one.condition, 0.0], "X", color=color, label=_label(one.condition))
+            axis.plot(
+                one.mean, perplexity[f"{one.condition}@0"], "X", color=color, label=_label(one.condition)
+            )
         axis.set_title(_label(name))
         axis.set_xlabel("judged sycophancy (1 to 5)")
         axis.set_ylabel("perplexity of the replies", fontsize=8)

@@ -26,7 +26,6 @@ from assumptions.sources import Messages
 from assumptions.steered import Steered
 from assumptions.steering import Direction
 from shared.report import Report
-from shared.serialize import plain
 
 EXAMPLES = 3
 
@@ -182,7 +181,8 @@ def add_costs(report: Report, tested: Steered) -> None:
         "that stays coherent, by condition. A direction is worth something where it moves sycophancy at less cost than "
         "random ones of its norm, and than words in the prompt."
     )
-    perplexity = {key: one.perplexity for key, one in tested.textures.items()}
+    # Files write nan as null: an empty reply has no perplexity.
+    perplexity = {key: one["perplexity"] or float("nan") for key, one in tested.side_effects.items()}
     report.figure(
         tradeoff_chart(tested.curves, tested.words, perplexity),
         "Sycophancy against perplexity; the ring is the largest dose, crosses are controls in words.",
@@ -192,16 +192,8 @@ def add_costs(report: Report, tested: Steered) -> None:
             [_word_row(one) for one in effects],
             f"In words instead of {name}: difference from unedited replies",
         )
-    shown = {lines[0].direction for lines in tested.curves.values()} | {UNEDITED}
-    shown |= {one.condition for some in tested.words.values() for one in some}
-    report.table(
-        [
-            {"condition": name, "dose": dose} | plain(one)
-            for (name, dose), one in sorted(tested.textures.items())
-            if name in shown
-        ],
-        "Side effects",
-    )
+    rows = [{"condition": key} | one for key, one in tested.side_effects.items()]
+    report.table(rows, "Side effects by condition@dose")
 
 
 def add_closure(report: Report, closure: Closure) -> None:
