@@ -91,7 +91,7 @@ def test_words_writes_a_page_with_both_denominators(tmp_path, capsys):
                     "description": f"wants {wanted} from a letter",
                     "probability": 0.3,
                 }
-                for i in ("one", "two", "three")
+                for i in ("warmly", "openly", "quietly")
             ]
             text = json.dumps({"mental_models": models}) + "\nRESPONSE: hello"
             file.append([Record(f"r{i}", 0, Status.CLEAN, {}, text) for i in range(8)])

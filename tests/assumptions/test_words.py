@@ -194,7 +194,7 @@ class TestClusters:
 
     def test_too_few_texts_are_refused(self):
         with pytest.raises(UserError, match="2 different texts"):
-            cluster(["a b", "A b", "c"])
+            cluster(["river letter", "River  letter", "the river letter", "garden"])
         with pytest.raises(UserError, match="cannot make 9 clusters"):
             cluster(["alpha", "beta", "gamma", "delta"], 9)
 

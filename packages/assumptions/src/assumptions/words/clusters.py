@@ -59,11 +59,15 @@ def cluster(
 ) -> Clustering:
     """Cluster texts into `k` groups, or into 2 to `largest` by silhouette; UserError when there are too few texts."""
     points = _points(texts)
-    if len(points.texts) < 3 or (k is not None and not 1 <= k <= len(points.texts)):
-        raise UserError(f"{len(points.texts)} different texts cannot make {k or 'any'} clusters")
-    embedded = embed(points.texts, dimensions)
+    # texts that differ in stop words only are one point
+    embedded = np.round(embed(points.texts, dimensions), 9)
+    different = len(np.unique(embedded, axis=0))
+    if different < 3 or (k is not None and not 1 <= k <= different):
+        raise UserError(f"{different} different texts cannot make {k or 'any'} clusters")
     found = (
-        _best(embedded, points.weights_P, largest) if k is None else _k_means(embedded, points.weights_P, k)
+        _best(embedded, points.weights_P, min(largest, different - 1))
+        if k is None
+        else _k_means(embedded, points.weights_P, k)
     )
     numbered = _numbered(found, points)
     return Clustering(numbered[points.point_N], _described(numbered, points, embedded))
@@ -116,7 +120,7 @@ def _best(
 
     shown = np.unique(np.linspace(0, len(embedded) - 1, _LARGEST_SILHOUETTE).astype(int))
     best, highest = np.zeros(len(embedded), dtype=np.int64), -np.inf
-    for k in range(2, min(largest, len(embedded) - 1) + 1):
+    for k in range(2, largest + 1):
         labels = _k_means(embedded, weights, k)
         if len(set(labels[shown])) < 2:
             continue
