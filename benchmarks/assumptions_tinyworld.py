@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,9 @@ from _results import write_results
 from shared.serialize import read_json
 
 CLAIM = "On the embedded model, whose truth is known, the study finds what was planted and tells it from its controls."
+
+
+GUIDED, SECONDS = "JSON valid, guided", "seconds"
 
 
 class Target(NamedTuple):
@@ -53,7 +55,7 @@ TARGETS = (
         lambda m: _worst(m["truth"]["elicited_r2"]),
         0.95,
     ),
-    Target("JSON valid, guided", lambda m: m["json_valid"], 0.995),
+    Target(GUIDED, lambda m: m["json_valid"], 0.995),
     Target("JSON valid, unguided", lambda m: m["json_valid_unguided"], 0.97),
     Target("true directions: slope, mean", lambda m: m["truth"]["steering"]["true"]["slope_mean"], 0.6),
     Target(
@@ -82,21 +84,14 @@ TARGETS = (
         0.95,
     ),
     Target("replies: right sign under ridge", lambda m: m["truth"]["reply"]["right_sign_ridge"], 1.0),
-    Target("seconds", lambda m: m["seconds"], None, 600),
+    Target(SECONDS, lambda m: m["seconds"], None, 600),
 )
-
-
-def _seconds(folder: Path) -> float:
-    """How long a finished run took, by its manifest."""
-    manifest = read_json(folder / "manifest.json")
-    started, finished = (datetime.fromisoformat(manifest[key]) for key in ("started", "finished"))
-    return (finished - started).total_seconds()
 
 
 def main() -> None:
     """Run the study, or take a finished one, and record it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="a finished run; its seconds are those of its manifest")
+    parser.add_argument("--folder", type=Path, help="a finished run, whose seconds are not recorded")
     args = parser.parse_args()
     folder = args.folder or Path("runs/benchmark-assumptions")
     started = time.time()
@@ -104,15 +99,16 @@ def main() -> None:
         command = [sys.executable, "-m", "shared.run", "pipeline=assumption_probing", f"run.folder={folder}"]
         subprocess.run([*command, "run.resume=false"], check=True)
     metrics = read_json(folder / "metrics.json")
-    stages = read_json(folder / "stages.json")
-    metrics["seconds"] = (
-        time.time() - started if args.folder is None else sum(s["seconds"] for s in stages.values())
-    )
-    rows = [target.row(metrics) for target in TARGETS]
     study = read_json(folder / "manifest.json")["config"]["settings"]
     steering = {
         f"steering.{key}": study["steering"][key] for key in ("doses", "messages", "random", "controls")
     }
+    left_out = set() if study["elicitation"]["guided"] else {GUIDED}
+    if args.folder is None:
+        metrics["seconds"] = time.time() - started
+    else:
+        left_out.add(SECONDS)
+    rows = [target.row(metrics) for target in TARGETS if target.figure not in left_out]
     settings = {key: study[key] for key in ("messages", "engine", "truth", "again")} | steering
     print(write_results("assumptions_tinyworld", CLAIM, rows, settings, metrics))
     print(json.dumps({row["figure"]: row["value"] for row in rows}))
