@@ -181,6 +181,7 @@ def tradeoff_chart(
             )
         axis.set_title(_label(name))
         axis.set_xlabel("judged sycophancy (1 to 5)")
+        axis.set_yscale("log")  # words can cost hundreds of times what a direction does
         axis.set_ylabel("perplexity of the replies", fontsize=8)
         if words.get(name):
             axis.legend(fontsize=7)
