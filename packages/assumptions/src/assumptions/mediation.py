@@ -26,6 +26,8 @@ from numpy import ndarray
 from shared.errors import UserError
 from shared.stats import Interval
 
+NOTHING = 1e-9  # a total effect below it is rounding, and has no shares
+
 
 class Paths(NamedTuple):
     """The coefficients: dose to assumption, assumption to outcome, total, direct, indirect."""
@@ -93,8 +95,10 @@ def mediate(
         name: _interval(getattr(whole, name), drawn[:, k], level) for k, name in enumerate(Paths._fields)
     }
     indirect, total = drawn[:, Paths._fields.index("indirect")], drawn[:, Paths._fields.index("total")]
-    shares = np.divide(indirect, total, out=np.full_like(total, np.nan), where=total != 0)
-    share = _interval(whole.indirect / whole.total if whole.total else float("nan"), shares, level)
+    shares = np.divide(indirect, total, out=np.full_like(total, np.nan), where=np.abs(total) > NOTHING)
+    share = _interval(
+        whole.indirect / whole.total if abs(whole.total) > NOTHING else float("nan"), shares, level
+    )
     return Mediation(**found, share=share, messages=len(groups))
 
 
