@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from circuits.concepts_report import swap_rate
+from circuits.pipeline_concepts import named_neurons
 from circuits.step_data import QUESTIONS, make_step_data
 from circuits.steps import SETS, find_effect, find_sets, judge, overlap, random_like
 from circuits.tasks import TaskError
 from shared.serialize import plain
-from shared.tinyworld.facts import CITIES
+from shared.tinyworld.facts import CAPITALS, CITIES
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,15 @@ def test_the_steps_are_dissociated_on_held_out_cities(effects):
         for question in QUESTIONS:
             assert find_effect(effects, f"{name}: random", "swapped", question).other.estimate <= 0.05
     assert swap_rate(plain(effects), "second", "both")[0] == rate["second", "both"]
+
+
+def test_the_steps_say_their_answers(world, data, sets):
+    """Without any forward pass of the answer: what a state's neurons together write to the vocabulary."""
+    rows = named_neurons(world, data, sets)
+    said = {(row["step"], row["state"]): row["says"][0] for row in rows}
+    states = sum(said["first", state] == state for state in data.states)
+    capitals = sum(said["second", state] == CAPITALS[state] for state in data.states)
+    assert min(states, capitals) >= 0.9 * len(data.states)
 
 
 def test_a_tokenizer_without_the_words_is_refused(llama):

@@ -84,8 +84,8 @@ def report_steps(found: dict[str, Any], run: Run) -> None:
     ]
     run.report.table(rows, "How often each answer is said.")
     run.report.table(
-        [row | {"states": ", ".join(row["states"])} for row in found["named"]],
-        "The neurons that are in most states' sets, and the words that they write.",
+        [row | {name: ", ".join(row[name]) for name in ("neurons", "says")} for row in found["named"]],
+        "The strongest neurons of every state's sets (layer, index, sign), and the words that a whole set raises most.",
     )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,17 +40,17 @@ def write_logits(network: "FrozenNetwork", neurons: Neurons) -> Float[Tensor, "n
 def vocabulary_effects(model: "Model", neurons: Sequence[Signed]) -> Float[Tensor, "n V"]:
     """Return the direction in which each signed neuron moves the logits, from the weights alone (unit activation)."""
     architecture = model.architecture
-    rows = []
-    for layer, index, sign in neurons:
+    rows_nD = architecture.W_U.new_zeros(len(neurons), architecture.width)
+    for layer in {neuron.layer for neuron in neurons}:
         block = architecture.block(layer)
-        write_D = sign * block.W_down[:, index]
-        rows.append(
-            write_D if block.mlp_post_norm is None else write_D * block.mlp_post_norm.gain.to(write_D)
-        )
-    rows_nD = torch.stack(rows)
+        here = [row for row, neuron in enumerate(neurons) if neuron.layer == layer]
+        signs_n = rows_nD.new_tensor([neurons[row].sign for row in here])
+        write_nD = block.W_down.T[[neurons[row].neuron for row in here]] * signs_n[:, None]
+        gain_D = None if block.mlp_post_norm is None else block.mlp_post_norm.gain.to(write_nD)
+        rows_nD[here] = write_nD.detach() if gain_D is None else (write_nD * gain_D).detach()
     norm = architecture.final_norm
     rows_nD = rows_nD - rows_nD.mean(-1, keepdim=True) if norm.kind == "layer" else rows_nD
-    return (rows_nD * norm.gain.to(rows_nD)) @ architecture.W_U.T
+    return (rows_nD * norm.gain.detach().to(rows_nD)) @ architecture.W_U.detach().T
 
 
 def describe(network: "FrozenNetwork", neurons: Neurons, tokenizer: Any, k: int = 4) -> list[str]:
@@ -61,7 +60,7 @@ def describe(network: "FrozenNetwork", neurons: Neurons, tokenizer: Any, k: int 
 
 def describe_weights(model: "Model", neurons: Sequence[Signed], k: int = 4) -> list[str]:
     """Return the same line for each signed neuron from the weights alone, so of no prompt in particular."""
-    return _lines(vocabulary_effects(model, neurons).detach(), model.tokenizer, k) if neurons else []
+    return _lines(vocabulary_effects(model, neurons), model.tokenizer, k) if neurons else []
 
 
 def _lines(logits_nV: Tensor, tokenizer: Any, k: int) -> list[str]:

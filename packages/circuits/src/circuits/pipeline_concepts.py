@@ -13,7 +13,7 @@ from torch import Tensor
 from circuits.attribution import Problem, attribute, pose, top_nodes
 from circuits.clusters import cluster, coverage
 from circuits.concepts_report import report_steps, swap_rate
-from circuits.describe import describe_weights
+from circuits.describe import vocabulary_effects
 from circuits.folder import SUPERNODES, with_effects
 from circuits.graph import load_graph
 from circuits.hypotheses import (
@@ -24,6 +24,7 @@ from circuits.hypotheses import (
     strongest_features,
 )
 from circuits.metric import Metric, top_logits
+from circuits.pathways import neuron_activations
 from circuits.pipeline_stages import graph_folder, inputs_hash
 from circuits.profiles import Profile, Signed, frequent, profile
 from circuits.prune import select_nodes
@@ -37,6 +38,7 @@ from circuits.sweeps import SweepPoint, sweep
 from circuits.tasks import PairBatch
 from shared.models import Model
 from shared.runs import Run
+from shared.tinyworld.facts import CAPITALS
 
 if TYPE_CHECKING:
     from circuits.pipeline import CircuitTracingConfig
@@ -163,19 +165,41 @@ def steps_stage(model: Model, config: "CircuitTracingConfig", run: Run) -> dict[
         name: {question: swap_rate(found["effects"], name, question) for question in QUESTIONS}
         for name in ("none", *SETS, *(f"{name}: random" for name in SETS))
     }
-    return {"states": len(found["states"]), "overlap": found["overlap"], "swapped": rates}
+    says = {name: _says([row for row in found["named"] if row["step"] == name]) for name in SETS}
+    return {"states": len(found["states"]), "overlap": found["overlap"], "swapped": rates, "says": says}
+
+
+def _says(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the share of states whose set raises its state, or its capital, most of all words."""
+    answers = {"state": lambda row: row["state"], "capital": lambda row: CAPITALS[row["state"]]}
+    return {
+        name: sum(row["says"][0] == answer(row) for row in rows) / len(rows)
+        for name, answer in answers.items()
+    }
 
 
 def named_neurons(model: Model, data: StepData, sets: dict[str, Tensor], k: int = 5) -> list[dict[str, Any]]:
-    """Return, for each step, the neurons that are in most states' sets, and what they write."""
+    """Return, for each step and state, its k neurons that write most, and the words that the whole set raises most.
+
+    A neuron's part is its mean activation over the state's training prompts of the step's question, times its direct
+    write; `says` is the sum's top words.
+    """
+    asked = {"first": "state", "second": "capital", "common": "both"}
     rows = []
-    acts_LN = pose_pairs(data.studies["both"], data.studies["both"].train).activations_BLTN.sum((0, 2))
     for name, chosen_SLN in sets.items():
-        counts_LN = chosen_SLN.sum(0)
-        for place in counts_LN.flatten().topk(k).indices.tolist():
-            layer, neuron = divmod(place, counts_LN.shape[1])
-            signed = Signed(layer, neuron, 1 if acts_LN[layer, neuron] >= 0 else -1)
-            states = [data.states[row] for row in chosen_SLN[:, layer, neuron].nonzero()[:, 0].tolist()]
-            words = describe_weights(model, [signed])[0]
-            rows.append({"step": name, "neuron": str(signed), "states": states, "writes": words})
+        batch = data.studies[asked[name]].train
+        rows_B = torch.arange(len(batch))
+        last_BLN = neuron_activations(model, batch.clean)[rows_B, :, batch.clean.last_columns_B]
+        for state, chosen_LN in zip(data.states, chosen_SLN, strict=True):
+            here_B = torch.tensor([label == state for label in batch.labels("state")])
+            mean_LN = last_BLN[here_B].mean(0)
+            neurons = [
+                Signed(layer, neuron, 1 if mean_LN[layer, neuron] >= 0 else -1)
+                for layer, neuron in chosen_LN.nonzero().tolist()
+            ]
+            size_n = mean_LN[chosen_LN].abs()
+            written_V = size_n @ vocabulary_effects(model, neurons).to(size_n)
+            words = [model.tokenizer.decode([token]).strip() for token in written_V.topk(3).indices.tolist()]
+            strongest = [str(neurons[place]) for place in size_n.topk(min(k, len(neurons))).indices.tolist()]
+            rows.append({"step": name, "state": state, "neurons": strongest, "says": words})
     return rows

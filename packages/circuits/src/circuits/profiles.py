@@ -5,8 +5,7 @@ In the frozen network of one prompt every neuron has two maps:
     attribution   total effect of each input token on its activation (their sum, and biases, is the activation)
     contribution  its total effect on each target
 
-All attribution maps come from one forward pass in which every token is a tangent of its own: the network is linear, so
-the tangent's neurons are that token's share of every activation at once. A profile belongs to a signed neuron (layer,
+The attribution maps are those of `circuits.maps`. A profile belongs to a signed neuron (layer,
 neuron, sign of its activation), summed over the positions where it has this sign.
 """
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from circuits.attribution import Problem
 from circuits.edges import Neurons
-from circuits.frozen import FrozenNetwork
+from circuits.maps import token_maps
 from circuits.relp import relp
 
 
@@ -47,32 +46,6 @@ class Profile:
     def mass_n(self) -> Float[Tensor, " n"]:
         """Return the absolute contribution of every signed neuron over the targets."""
         return self.contribution_nK.abs().sum(1)
-
-
-def token_maps(network: FrozenNetwork, neurons: Neurons, chunk: int = 64) -> Float[Tensor, "n T"]:
-    """Return the total effect of every token's embedding on every neuron of a network with one example.
-
-    `chunk` tokens are tangents of one forward pass; memory is chunk x T x N of one layer.
-    """
-    embed_TD = network.embed_BTD[0]
-    if network.position_BTD is not None:
-        embed_TD = embed_TD - network.position_BTD[0]
-    parts = [_maps_of(network, neurons, embed_TD, rows) for rows in torch.arange(len(embed_TD)).split(chunk)]
-    return torch.cat(parts, dim=1)
-
-
-def _maps_of(network: FrozenNetwork, neurons: Neurons, embed_TD: Tensor, rows: Tensor) -> Tensor:
-    tangents_BKTD = embed_TD.new_zeros(1, len(rows), *embed_TD.shape)
-    tangents_BKTD[0, torch.arange(len(rows)), rows] = embed_TD[rows]
-    map_nK = embed_TD.new_zeros(len(neurons), len(rows))
-
-    def read(layer: int, a_BKTN: Tensor) -> Tensor:
-        here = (neurons.layer_n == layer).nonzero()[:, 0]
-        map_nK[here] = a_BKTN[0][:, neurons.position_n[here], neurons.index_n[here]].T
-        return a_BKTN
-
-    network.forward(tangents_BKTD, bias=False, on_neurons=read)
-    return map_nK
 
 
 def profile(problem: Problem, row: int, mask_LTN: Bool[Tensor, "L T N"]) -> Profile:

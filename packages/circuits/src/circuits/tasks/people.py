@@ -4,7 +4,8 @@ Users (paper's case study): one first-person sentence hints at an attribute, the
 the model fills in. Clean and counterfactual differ in the cue alone ("in Tokyo", "in Berlin"); no cue is in both parts.
 
 Indirect object (Wang et al., arXiv 2211.00593): "When Mary and John went to the store, John gave a drink to" must go on
-with Mary. The counterfactual exchanges who gives, so its answer is the other name; no name is in both parts.
+with Mary. The counterfactual exchanges who gives, so its answer is the other name; no two names are together in
+both parts.
 """
 
 import random
@@ -107,7 +108,8 @@ def _indirect_object(part: str, rng: random.Random) -> Iterator[Item]:
             rng.choice(SCENES).format, a=a, b=b, place=rng.choice(PLACES), thing=rng.choice(THINGS)
         )
         pair = Pair(scene(giver=giver), scene(giver=receiver), f" {receiver}", f" {giver}", "ioi")
-        yield Item((pair,), (receiver, giver), {"order": "receiver first" if first else "giver first"})
+        pair_of_names = " and ".join(sorted((receiver, giver)))
+        yield Item((pair,), (pair_of_names,), {"order": "receiver first" if first else "giver first"})
 
 
 TASKS = {f"users_{name}": Task(f"users_{name}", partial(_users, name)) for name in ATTRIBUTES} | {
