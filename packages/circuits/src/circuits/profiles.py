@@ -5,8 +5,8 @@ In the frozen network of one prompt every neuron has two maps:
     attribution   total effect of each input token on its activation (their sum, and biases, is the activation)
     contribution  its total effect on each target
 
-The attribution maps are those of `circuits.maps`. A profile belongs to a signed neuron (layer,
-neuron, sign of its activation), summed over the positions where it has this sign.
+The attribution maps are those of `circuits.maps`. A profile belongs to a signed neuron (layer, neuron, sign of its
+activation), summed over the positions where it has this sign.
 """
 
 from collections.abc import Sequence

@@ -61,12 +61,10 @@ def make_step_data(model: "Model", seed: int = 0, at_least: int = 3) -> StepData
     for state in states:
         names = rng.sample(by_state[state], len(by_state[state]))
         parts["test"][state], parts["train"][state] = names[:1], names[1:]
-    studies = {
-        name: make_study(
-            model, name, *(_examples(question, parts[part], part, rng) for part in ("train", "test"))
-        )
-        for name, question in QUESTIONS.items()
-    }
+    studies = {}
+    for name, question in QUESTIONS.items():
+        train, test = (_examples(question, parts[part], part, rng) for part in ("train", "test"))
+        studies[name] = make_study(model, name, train, test)
     return StepData(states, parts, studies)
 
 
