@@ -18,6 +18,7 @@ from circuits.describe import Context
 from shared.errors import UserError
 from shared.generation import Request, Sampling
 from shared.stats import auroc
+from shared.tokens import Message
 
 if TYPE_CHECKING:
     from shared.generation import Generator
@@ -70,4 +71,4 @@ def score(generator: "Generator", phrase: str, contexts: Sequence[Context], shar
 
 
 def _ask(text: str) -> Request:
-    return Request([{"role": "user", "content": text}])
+    return Request([Message(role="user", content=text)])
