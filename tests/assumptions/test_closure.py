@@ -158,6 +158,9 @@ def test_a_studys_mediation_joins_scores_and_judged_replies_by_message_and_dose(
             replies.append(Reply(chat.id, name, dose, "x", "stop"))
             score = 3 + 2 * closure.scores_CMBK[0, m, b, 0] + 0.01 * draw.normal()
             judged.append(Judgement({"validation": None if (m, b) == (2, 3) else score, "framing": None}, {}))
+    # Controls in words have dose 0 too; they are not the unedited model.
+    replies += [Reply(chat.id, "words.warm", 0.0, "x", "stop") for chat in chats]
+    judged += [Judgement({"validation": 1.0 + b % 5, "framing": None}, {}) for b in range(12)]
     config = AssumptionProbingConfig()
     with start_run(tmp_path / "run", {}, seed=0) as run:
         study = Steering(config, model, pytest.fail, run)

@@ -15,7 +15,7 @@ from numpy import ndarray
 from assumptions.answer_file import answers_path
 from assumptions.chats import Chat
 from assumptions.closure import Closure, ScoresUnder, close, closure_figures
-from assumptions.conditions import Condition
+from assumptions.conditions import UNEDITED, Condition
 from assumptions.dimensions import NAMES
 from assumptions.elicitation import elicit, header
 from assumptions.forced import forced_scores
@@ -84,7 +84,7 @@ def mediations(
         judged = sycophancy(steered.judgements, moved_outcomes(study.config.data, target))
         known: dict[tuple[str, float], list[float]] = {}
         for reply, score in zip(steered.replies, judged, strict=True):
-            if (reply.direction == name or reply.dose == 0) and np.isfinite(score):
+            if reply.direction in (name, UNEDITED) and np.isfinite(score):
                 known.setdefault((reply.chat, reply.dose), []).append(float(score))
         rows = [(chat.id, m, b) for b, chat in enumerate(chats) for m in range(len(closure.doses))]
         k = closure.dimensions.index(target)
