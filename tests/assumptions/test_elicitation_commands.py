@@ -57,6 +57,8 @@ def test_what_does_not_fit_is_one_line_before_any_work(elicited, tmp_path, capsy
         (f"elicit {data} --column text", "write NAME=COLUMN"),
         (f"elicit {data} --server http://127.0.0.1:9/v1 --expected", "needs the model's tokens"),
         (f"elicit {data} --instrument ten --expected", "has no scores"),
+        (f"elicit {data} --column text=prompt --retest 3", "set a temperature"),
+        (f"elicit {data} --column text=prompt --orders 1", "at least two"),
         (f"elicit {data}", "missing key 'text'"),
         ("data elephant", "no data set 'elephant'"),
         (f"data gsm8k {tmp_path} --part test", "grade-school-math"),

@@ -27,7 +27,7 @@ from assumptions.commands.study import Study, begin
 from assumptions.dimensions import NAMES
 from assumptions.elicitation import Elicitation, ElicitationSettings, check, elicit
 from assumptions.instruments import Instrument, instrument
-from assumptions.reliability import FacetReliability, orders, reliability, retests
+from assumptions.reliability import Measurement, orders, reliability, retests
 from assumptions.settings import AssumptionProbingConfig, JudgeSettings
 from assumptions.token_scores import TokenScores, expected_scores
 from shared.errors import UserError
@@ -84,6 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
             f"{asked.id} has no scores: --expected, --retest and --orders are for instruments that do"
         )
     chats = read_chats(arguments.data, _columns(arguments.column))
+    facets = _facets(arguments, asked, chats, settings)
     model = None if arguments.server else load(ModelConfig(arguments.model, dtype=arguments.dtype))
     name = arguments.model if model is None else model.fingerprint
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -95,9 +96,12 @@ def main(arguments: argparse.Namespace) -> int:
             path = arguments.out / "expected.jsonl"
             expected = expected_scores(engine, model.tokenizer, asked, chats, answers, path, model=name)
             _write_scores(arguments.out / "expected.csv", asked, chats, expected)
-        facets = _facets(arguments, engine, asked, chats, settings, name)
-    if facets:
-        write_json(arguments.out / "reliability.json", [row for facet in facets for row in facet.rows()])
+        found = [
+            reliability(engine, asked, facet, conditions, arguments.out / "reliability", model=name)
+            for facet, conditions in facets.items()
+        ]
+    if found:
+        write_json(arguments.out / "reliability.json", [row for facet in found for row in facet.rows()])
     print(json.dumps(answers.health() | {"valid_share": answers.valid_share()}))
     if model is not None and asked.dimensions == NAMES:
         begin(arguments.out, _study(arguments, model, settings, len(chats)), model.fingerprint)
@@ -150,20 +154,19 @@ def _engine(arguments: argparse.Namespace, model: Model | None) -> Generator:
 
 
 def _facets(
-    arguments: argparse.Namespace,
-    engine: Generator,
-    asked: Instrument,
-    chats: Sequence[Chat],
-    settings: ElicitationSettings,
-    name: str,
-) -> list[FacetReliability]:
-    folder, facets = arguments.out / "reliability", []
+    arguments: argparse.Namespace, asked: Instrument, chats: Sequence[Chat], settings: ElicitationSettings
+) -> dict[str, list[Measurement]]:
+    """The conditions to measure reliability over, by facet; UserError where it cannot be measured."""
+    for option in ("retest", "orders"):
+        if (times := getattr(arguments, option)) < 0 or times == 1:
+            raise UserError(f"--{option} compares at least two, got {times}")
+    if (arguments.retest or arguments.orders) and len(chats) < 2:
+        raise UserError("--retest and --orders need at least two messages")
+    facets = {}
     if arguments.retest:
-        conditions = retests(chats, settings, arguments.retest)
-        facets.append(reliability(engine, asked, "retest", conditions, folder, model=name))
+        facets["retest"] = retests(chats, settings, arguments.retest)
     if arguments.orders:
-        conditions = orders(chats, asked, settings, arguments.orders)
-        facets.append(reliability(engine, asked, "order", conditions, folder, model=name))
+        facets["order"] = orders(chats, asked, settings, arguments.orders)
     return facets
 
 
