@@ -3,18 +3,19 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from assumptions.cli import COMMANDS, main
-from assumptions.commands.study import load_study
+from assumptions.commands.study import Study, advance, load_study
 from assumptions.dimensions import NAMES
 from assumptions.judges import check_judge
 from assumptions.monitor.command import add_arguments, chosen
-from assumptions.settings import JudgeSettings
+from assumptions.settings import AssumptionProbingConfig, JudgeSettings
 from shared.errors import UserError
-from shared.models import load
-from shared.serialize import read_json
+from shared.models import ModelConfig, load
+from shared.serialize import read_json, write_json
 from shared.tinyworld import MODEL_DIR, social
 
 
@@ -104,6 +105,25 @@ def test_every_command_has_its_help(capsys):
             main([name, "--help"])
         assert ended.value.code == 0
     assert "--judge-url" in capsys.readouterr().out
+
+
+def test_a_step_that_fails_leaves_the_study_where_it_was(tmp_path, monkeypatch):
+    before = Study(ModelConfig("tinyworld"), AssumptionProbingConfig())
+    write_json(tmp_path / "study.json", before)
+    later = replace(before, settings=replace(before.settings, shuffles=1))
+
+    def fails(*_):
+        raise UserError("no")
+
+    monkeypatch.setattr("assumptions.commands.study.run_pipeline", fails)
+    with pytest.raises(UserError, match="no"):
+        advance(tmp_path, later, "probe")
+    assert load_study(tmp_path) == before
+    monkeypatch.setattr("assumptions.commands.study.run_pipeline", lambda *_: {})
+    advance(tmp_path, later, "probe")
+    assert load_study(tmp_path) == replace(later, last="probe")
+    (tmp_path / "directions").mkdir()  # of a step before the new probes
+    assert chosen(monitor_arguments("--study", str(tmp_path)))[1:] == (tmp_path / "probes", None)
 
 
 def test_a_damaged_study_is_named(tmp_path, place):

@@ -5,6 +5,7 @@ by the condition and the messages, so an edited message or another direction is 
 goes on at the next condition. Test messages are answered by `dose_test` alone.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -243,6 +244,7 @@ def dose_test(
 ) -> Steered:
     """Answer the test messages under every direction of every family and under the controls in words."""
     settings, run = study.config.steering, study.run
+    shutil.rmtree(run.folder / "directions", ignore_errors=True)  # a former choice of dimensions
     for name, family in of_name.items():
         edits = family[0].interventions(1.0, settings.unit, settings.scope)
         save_interventions(run.path(f"directions/{name}"), edits, study.model)

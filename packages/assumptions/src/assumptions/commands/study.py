@@ -59,12 +59,15 @@ def begin(folder: Path, study: Study, fingerprint: str) -> None:
 
 
 def advance(folder: Path, study: Study, last: Step) -> dict[str, Any]:
-    """Run the study up to a step, in its folder; returns the figures, which metrics.json holds too."""
+    """Run the study up to a step, in its folder; returns the figures, which metrics.json holds too.
+
+    Settings and step are noted once the step is done: one that failed leaves the study where it was.
+    """
     record = {"pipeline": PIPELINE.name, "settings": study.settings, "model": study.model}
-    write_json(folder / NAME, replace(study, last=last))
     with start_run(folder, record, study.seed) as run:
         figures = run_pipeline(study.settings, study.model, run, last)
         run.metrics(figures)
+    write_json(folder / NAME, replace(study, last=last))
     return figures
 
 

@@ -68,7 +68,8 @@ def chosen(arguments: argparse.Namespace) -> tuple[ModelConfig, Path | None, Pat
     if study.last == "elicit":
         raise UserError(f"{arguments.study} has no probes yet: run `assumptions probe {arguments.study}`")
     own = arguments.study / "directions"
-    directions = directions or (own if own.is_dir() else None)
+    # Directions of an earlier step were made of other probes.
+    directions = directions or (own if study.last == "steer" and own.is_dir() else None)
     config = study.model if arguments.model is None else replace(study.model, name=name)
     return config, probes or arguments.study / "probes", directions
 
