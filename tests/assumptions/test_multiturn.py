@@ -109,6 +109,8 @@ class TestConversation:
         assert all(one.scores == {} for one in turns)
         assert all("out of memory" not in str(prompt) for prompt in (*model.asked, *model.plain))
         assert [m["content"] for m in model.plain[1]] == ["one", "reply 1", "two"]
+        turns = converse({"a": ScriptedUser(["one", "two"])}, ASK, model, model, history="full")
+        assert [(one.turn, one.status) for one in turns] == [(1, "failed")]  # it would be read again
 
     def test_without_a_reply_the_conversation_ends(self):
         asked = instrument("4dims")

@@ -18,6 +18,7 @@ from typing import Literal, Protocol, runtime_checkable
 from assumptions.chats import Chat
 from assumptions.conditions import UNEDITED, Condition, SteeredEngine, chat_seed
 from assumptions.instruments import Elicited, Instrument
+from assumptions.parsing import Status
 from shared.errors import UserError
 from shared.generation import Generator, Request, Sampling
 from shared.tokens import Message
@@ -152,9 +153,10 @@ def converse(
             found.append(
                 Turn(one.name, turn, chat.turn, reply, elicited.scores, status, condition.name, history)
             )
-            if not reply.strip():
-                continue  # nothing was replied: the conversation ends, and no error enters its history
             seen = answer.text if history == "full" else reply
+            # Where nothing was replied, or what failed would be read again, the conversation ends.
+            if not reply.strip() or (history == "full" and elicited.answer.status is Status.FAILED):
+                continue
             one.history += [Message(role="user", content=chat.turn), Message(role="assistant", content=seen)]
             kept.append(one)
         going = kept
