@@ -102,7 +102,7 @@ def survey(
 
 
 def export_survey(path: Path | str, asked: Sequence[Asked]) -> None:
-    """Write the questions, one JSON line each, with an empty column for the rating."""
+    """Write the questions, one JSON line each; the ratings come back as lines with a further column `rating`."""
     write_rows(Path(path), list(asked))
 
 

@@ -20,6 +20,7 @@ from assumptions.dimensions import DIMENSIONS, NAMES, SIGNS
 from assumptions.doses import UNEDITED, Curve, Effect, Reply
 from assumptions.elicitation import Elicitation
 from assumptions.evaluation import ProbeScore
+from assumptions.features import Span
 from assumptions.instruments import Instrument
 from assumptions.settings import ChoiceSettings
 from assumptions.sources import Messages
@@ -28,6 +29,11 @@ from assumptions.steering import Direction
 from shared.report import Report
 
 EXAMPLES = 3
+READ: dict[Span, str] = {
+    "user": "mean block output over the user's message",
+    "last": "block output at the prompt's last token",
+    "prompt": "mean block output over the whole prompt",
+}
 
 
 def add_elicitation(
@@ -65,13 +71,13 @@ def _example_scores(
 
 
 def add_probes(
-    report: Report, scores: Mapping[str, ProbeScore], train: int, validation: int, test: int
+    report: Report, scores: Mapping[str, ProbeScore], span: Span, train: int, validation: int, test: int
 ) -> None:
     """The probes: test figures beside their controls, and R2 over blocks."""
     report.text(
-        "# What its activations hold\n\nOne linear probe a dimension from the mean block output over the user's "
-        f"message to the elicited score: fitted on {train} messages, block and strength chosen on {validation}, "
-        f"figures on {test} others. Shuffled labels, length and format and a bag of words went through the same search."
+        f"# What its activations hold\n\nOne linear probe a dimension from the {READ[span]} to the elicited "
+        f"score: fitted on {train} messages, block and strength chosen on {validation}, figures on {test} "
+        "others. Shuffled labels, length and format and a bag of words went through the same search."
     )
     report.table([_probe_row(name, score) for name, score in scores.items()], "Probes on test messages")
     report.figure(probe_chart(scores), "R2 of the probes and of their controls.")

@@ -94,7 +94,7 @@ def run(
             features, labels, NAMES, chats, label, run.seed, config.probe.kind
         )
         metrics |= {"probe_left_out": left_out_metrics(left_out)}
-    add_probes(run.report, scores, len(split.train), len(split.validation), len(split.test))
+    add_probes(run.report, scores, config.span, len(split.train), len(split.validation), len(split.test))
     if last == "probe":
         return metrics
 
