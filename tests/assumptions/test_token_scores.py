@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -207,9 +208,13 @@ def test_no_plateau(study):
 
 
 def test_a_finished_file_is_read_and_asks_nothing(study, monkeypatch):
-    _, _, tokens, again = study
+    _, result, tokens, again = study
     monkeypatch.setattr(HFGenerator, "generate", lambda *_: pytest.fail("asked again"))
     assert again().records == tokens.records
+    first, *rest = result.records
+    other = Elicitation([replace(first, token_ids=first.token_ids[1:]), *rest])
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        again(answers=other)  # another answer of the same draw has scores of its own
 
 
 def test_answers_without_tokens_are_refused(study):

@@ -14,6 +14,7 @@ The other scores are those that the answer states: E is conditional on what stan
 a batch of answers go to the engine together; prefix caching makes a node cost about one token.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -111,6 +112,9 @@ def _children(node: Node, root: Root, likeliest: dict[int, float], text_of: Text
             yield Node(node.root, (*node.ids, token), text, node.probability * math.exp(logprob))
 
 
+Key = tuple[str, int, str, str, str]
+
+
 @dataclass(frozen=True)
 class TokenScore:
     """The score of one dimension in one answer: as stated, as expected value with deviation, and the mass found."""
@@ -118,6 +122,7 @@ class TokenScore:
     id: str
     sample: int
     row: str
+    answer: str  # hash of the answer's tokens
     dimension: str
     stated: float
     expected: float | None
@@ -127,9 +132,9 @@ class TokenScore:
     error: str | None = None
 
     @property
-    def key(self) -> tuple[str, int, str, str]:
-        """What a later record of the same score replaces."""
-        return (self.id, self.sample, self.row, self.dimension)
+    def key(self) -> Key:
+        """What a later record of the same score replaces; another answer of the same draw has other scores."""
+        return (self.id, self.sample, self.row, self.answer, self.dimension)
 
 
 @dataclass(frozen=True)
@@ -172,17 +177,20 @@ def expected_scores(
         raise UserError(
             "the answers hold no token ids: elicit with keep_tokens=True, on an engine that tells them"
         )
-    header = {"format": 1, "instrument": instrument.id, "prompt_hash": instrument.prompt_hash, "model": model}
+    header = {"format": 2, "instrument": instrument.id, "prompt_hash": instrument.prompt_hash, "model": model}
     header |= {"top": settings.top, "min_mass": settings.min_mass, "least_mass": settings.least_mass}
     with AnswerFile(path, header, lambda row: TokenScore(**row)) as file:
-        wanted = {(r.id, r.sample, r.row, name): r for r in records for name in r.scores}
-        pending = [
-            r for r in records if any((r.id, r.sample, r.row, n) not in file.records for n in r.scores)
-        ]
+        pending = [r for r in records if any(key not in file.records for key in _keys(r))]
         for start in progress(range(0, len(pending), settings.batch_size), "expected scores, in batches"):
             batch = [(by_row[r.id, r.row], r) for r in pending[start : start + settings.batch_size]]
             file.append(_scored(generator, tokenizer, instrument, batch, settings))
-        return TokenScores([file.records[key] for key in sorted(wanted)])
+        return TokenScores([file.records[key] for key in sorted({key for r in records for key in _keys(r)})])
+
+
+def _keys(record: Record) -> list[Key]:
+    """The keys of an answer's scores."""
+    answer = hashlib.sha256(repr(record.token_ids).encode()).hexdigest()[:16]
+    return [(record.id, record.sample, record.row, answer, name) for name in record.scores]
 
 
 def _scored(
@@ -194,17 +202,19 @@ def _scored(
 ) -> list[TokenScore]:
     """The scores of a batch of answers: all their trees grow together."""
     roots: list[Root] = []
-    places: list[tuple[Record, str, int | None]] = []
+    places: list[tuple[Key, float, int | None]] = []
     for chat, record in batch:
         prompt = prompt_ids(tokenizer, instrument.messages(chat.turn, chat.history, record.order or None))
         starts = number_starts(record, _texts(tokenizer, prompt, record.token_ids))
-        for name in record.scores:
-            places.append((record, name, len(roots) if name in starts else None))
+        for key, (name, stated) in zip(_keys(record), record.scores.items(), strict=True):
+            places.append((key, stated, len(roots) if name in starts else None))
             if name in starts:
                 n_tokens, text = starts[name]
                 roots.append(Root([*prompt, *record.token_ids[:n_tokens]], text))
     found = explore(generator, roots, _texts_of(tokenizer), settings)
-    return [_score(r, name, None if i is None else found[i], settings.least_mass) for r, name, i in places]
+    return [
+        _score(key, stated, None if i is None else found[i], settings.least_mass) for key, stated, i in places
+    ]
 
 
 def number_starts(record: Record, texts: Sequence[str]) -> dict[str, tuple[int, str]]:
@@ -240,9 +250,9 @@ def _texts(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list
     return [stream.add(token) for token in tokens]
 
 
-def _score(record: Record, name: str, numbers: Numbers | None, least_mass: float) -> TokenScore:
+def _score(key: Key, stated: float, numbers: Numbers | None, least_mass: float) -> TokenScore:
     mass = sum(numbers.values()) if numbers else 0.0
-    place = (record.id, record.sample, record.row, name, record.scores[name])
+    place = (*key, stated)
     if numbers is None:
         return TokenScore(*place, None, None, 0.0, error="the number's place in the answer is not certain")
     told = {f"{value:g}": p for value, p in sorted(numbers.items())}
