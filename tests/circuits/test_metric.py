@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from circuits.attribution import attribute, exact_scores, pose
+from circuits.attribution import attribute, exact_scores, pose, top_nodes
+from circuits.edge_circuits import edge_scores
 from circuits.edges import Neurons, direct_effects
+from circuits.faithfulness import curve
 from circuits.metric import (
     MetricError,
     direction,
@@ -148,3 +150,25 @@ def test_rows_and_repeats_of_a_metric():
     torch.testing.assert_close(one.value(logits_BTV[1:, 1:]), metric.value(logits_BTV)[1:])
     twice = metric.repeated(1, 2)
     torch.testing.assert_close(twice.value(logits_BTV[[1, 1]]), metric.value(logits_BTV)[[1, 1]])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_half_precision_models_are_scored_and_judged_in_working_precision(k):
+    """What the pipeline does with a real model's preset: the metric made in the model's type reads either network."""
+    model = load(ModelConfig("random:llama", dtype="bfloat16"))
+    batch = model.encode(["ab", "cd"])
+
+    def make_metric(logits_BTV, positions_B):
+        logits_BTV = logits_BTV.to(model.dtype)
+        return [
+            logit_difference(logits_BTV, positions_B, [5, 6], [7, 8]),
+            log_probability(logits_BTV, positions_B, [[5], [6]]),
+        ][k - 1]
+
+    problem = pose(model, batch, make_metric)
+    assert problem.metric.weights_BKV.dtype == problem.values().dtype == torch.float32
+    scores_BLTN = attribute(problem)[:, 0]
+    [point] = curve(model, batch, problem.metric, scores_BLTN, [10], problem.reference_BLTN)
+    assert point.full_B.dtype == torch.float32
+    neurons = Neurons.from_mask(top_nodes(scores_BLTN.mean(0), 5))
+    assert edge_scores(problem, neurons).isfinite().all()

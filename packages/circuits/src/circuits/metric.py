@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.layers import working
 from shared.errors import UserError
 
 LOGITS = "logits"
@@ -33,7 +34,7 @@ class Metric:
     """K read-outs for each of B examples: weights, position read, and the token of each target.
 
     `site` says what is read: the logits, `final_norm` (input of the unembedding) or `blocks.L.output`. `name` says it
-    in words and is reported with every result.
+    in words and is reported with every result. Weights are kept in working precision, whatever the model's.
     """
 
     name: str
@@ -41,6 +42,9 @@ class Metric:
     positions_BK: Int[Tensor, "B K"]
     tokens: tuple[tuple[int, ...], ...]
     site: str = LOGITS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights_BKV", working(self.weights_BKV))
 
     def gather(self, x_BTX: Float[Tensor, "B T X"]) -> Float[Tensor, "B K X"]:
         """Return the rows of x at the positions read."""
@@ -82,7 +86,8 @@ class LogProbability(Metric):
     def value(self, read_BTV: Float[Tensor, "B T V"]) -> Float[Tensor, "B K"]:
         """Return log p of every target's token."""
         ids_BK = torch.tensor(self.tokens, device=read_BTV.device)
-        return self.gather(read_BTV).log_softmax(-1).gather(-1, ids_BK[..., None])[..., 0]
+        rows_BKV = self.gather(read_BTV).to(self.weights_BKV)
+        return rows_BKV.log_softmax(-1).gather(-1, ids_BK[..., None])[..., 0]
 
     def rest(self, read_BTV: Float[Tensor, "B T V"]) -> Float[Tensor, "B K"]:
         """Return log p less its linear part, at the observed logits: minus the entropy."""
@@ -116,7 +121,7 @@ def token_logits(
 ) -> Metric:
     """Return the logits of K tokens an example, less the mean logit where `demean` (shift-invariant)."""
     ids_BK = _ids(tokens, logits_BTV)
-    weights_BKV = torch.nn.functional.one_hot(ids_BK, logits_BTV.shape[-1]).to(logits_BTV.dtype)
+    weights_BKV = working(torch.nn.functional.one_hot(ids_BK, logits_BTV.shape[-1]).to(logits_BTV.dtype))
     if demean:
         weights_BKV = weights_BKV - 1 / logits_BTV.shape[-1]
     name = "demeaned logit" if demean else "logit"
@@ -128,8 +133,8 @@ def log_probability(
 ) -> LogProbability:
     """Return the log-probabilities of K tokens an example."""
     ids_BK = _ids(tokens, logits_BTV)
-    rows_BV = logits_BTV[torch.arange(len(positions_B), device=logits_BTV.device), positions_B]
-    chosen_BKV = torch.nn.functional.one_hot(ids_BK, logits_BTV.shape[-1]).to(logits_BTV.dtype)
+    rows_BV = working(logits_BTV[torch.arange(len(positions_B), device=logits_BTV.device), positions_B])
+    chosen_BKV = torch.nn.functional.one_hot(ids_BK, logits_BTV.shape[-1]).to(rows_BV.dtype)
     weights_BKV = chosen_BKV - rows_BV.softmax(-1)[:, None]
     return LogProbability(
         "log-probability", weights_BKV, _expand(positions_B, ids_BK.shape[1]), _rows(tokens)
