@@ -92,6 +92,12 @@ def test_live_edits_are_those_of_the_model(library, model, graph):
 def test_a_folder_that_is_a_graph_and_one_that_is_broken(library, tmp_path):
     alone = Library(tmp_path / "a folder" / "first", CONFIG)
     assert list(alone.graphs()) == ["first"]
+    (tmp_path / "a folder" / "cut").mkdir()
+    for name in ("graph.json", "graph.safetensors"):
+        content = (tmp_path / "a folder" / "first" / name).read_bytes()
+        whole = name == "graph.json"
+        (tmp_path / "a folder" / "cut" / name).write_bytes(content if whole else content[:-8])
+    assert "is damaged" in library.summary("a folder/cut")["error"]
     (tmp_path / "a folder" / "first" / "supernodes.json").write_text("[]")
     assert "holds no supernodes" in library.summary("a folder/first")["error"]
     (tmp_path / "a folder" / "first" / "graph.json").write_text("{")

@@ -231,6 +231,7 @@ def unit_effects(graph: Graph) -> Float[Tensor, " n"]:
 
 def load_graph(folder: Path | str) -> Graph:
     """Read a graph written by `Graph.save`; GraphError says what is wrong with the files."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -239,7 +240,10 @@ def load_graph(folder: Path | str) -> Graph:
             f"{folder} holds no graph: graph.json and graph.safetensors are written by Graph.save"
         )
     header = _read_header(folder / "graph.json")
-    columns = load_file(folder / "graph.safetensors")
+    try:
+        columns = load_file(folder / "graph.safetensors")
+    except SafetensorError as error:
+        raise GraphError(f"{folder / 'graph.safetensors'} is damaged ({error}): trace it again") from error
     expected = {item.name for item in fields(Graph)} - {"header"}
     if set(columns) != expected:
         raise GraphError(f"{folder}: columns {sorted(columns)}, expected {sorted(expected)}")
