@@ -10,7 +10,7 @@ from circuits import pipeline_concepts, pipeline_stages
 from circuits.folder import open_folder
 from circuits.graph import load_graph
 from circuits.pipeline import PIPELINE, CircuitTracingConfig
-from circuits.supernodes import read_supernodes
+from circuits.supernodes import Supernodes, read_supernodes, write_supernodes
 from circuits.tasks import TaskError
 from shared.models import ModelConfig, load
 from shared.runs import start_run
@@ -108,6 +108,10 @@ def test_concepts_on_a_file_of_pairs(pairs, tmp_path, monkeypatch):
     assert {layer for one in content.supernodes for layer, *_ in one.nodes} <= {0, 1, 2}
     assert 0 < metrics["supernodes"]["letters"]["coverage"] <= 1
     assert open_folder(folder).supernodes == content.supernodes
+    edited = Supernodes(content.supernodes[:1])
+    write_supernodes(folder / "supernodes.json", edited)
+    run_in(tmp_path / "run", config)
+    assert read_supernodes(folder / "supernodes.json") == edited  # what was saved on the page stays
     assert open_folder(folder).effects
     assert metrics["hypotheses"]["letters"] == {"selected": 0, "hold": 0}  # every row is a class of its own
     assert [point.nodes for point in metrics["steering"]["letters"]] == [

@@ -82,7 +82,8 @@ def supernode_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> S
     """Cluster the neurons of the training prompts; coverage is that of the test prompts' neurons by the frozen map."""
     key = inputs_hash(study, config.threshold, config.max_nodes, config.supernodes, config.contexts)
     stage = run.stage(f"supernodes_{study.name}-{key}.json")
-    if not stage.done:
+    made = not stage.done
+    if made:
         contexts = context_profiles(study, study.train, config, run, config.contexts)
         neurons = frequent(contexts, max(2, len(contexts) // 10), config.max_nodes)
         clustering = cluster(contexts, neurons, config.supernodes, seed=run.seed)
@@ -91,14 +92,17 @@ def supernode_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> S
         with stage as path:
             write_supernodes(path, found)
     content = read_supernodes(stage.path)
-    _beside_graph(study, content, run.path(graph_folder(study, config)))
+    _beside_graph(study, content, run.path(graph_folder(study, config)), made)
     return content
 
 
-def _beside_graph(study: Study, content: Supernodes, folder: Path) -> None:
-    """Write the supernodes beside the graph, and its page anew with them and their effects."""
+def _beside_graph(study: Study, content: Supernodes, folder: Path, made: bool) -> None:
+    """Write the supernodes beside the graph, and its page anew with them and their effects.
+
+    Where they were not made just now and some are there already, these stay: they may have been edited on the page.
+    """
     path = folder / SUPERNODES
-    if path.exists() and read_supernodes(path) == content:
+    if path.exists() and (found := read_supernodes(path)).supernodes and (not made or found == content):
         return
     graph = load_graph(folder)
     whole = with_effects(study.model, graph, content.supernodes)
