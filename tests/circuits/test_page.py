@@ -205,6 +205,11 @@ def test_supernodes_are_made_named_changed_and_written(open_page, content):
         assert members_of(content.graph, after) == members_of(content.graph, before)
     open_page.evaluate("openFile(new File(['{'], 'x.json'))")
     assert "cannot be read" in open_page.evaluate("byId('said').textContent")
+    with_fault = """{supernodes: [{label: 'a', nodes: [[0, 0, 1, 0]]}, {label: 'b'}]}"""
+    assert open_page.evaluate(
+        f"(() => {{ try {{ readSupernodes({with_fault}); }} catch {{ return true; }} }})()"
+    )
+    assert open_page.evaluate("writtenSupernodes()")["supernodes"] == written  # a bad file costs none
 
 
 def test_steering_shows_what_was_computed_beforehand(open_page, content):

@@ -115,11 +115,9 @@ function removeSupernode(gone) {
 }
 function readSupernodes(content) {
   if (!Array.isArray(content?.supernodes)) throw new Error("the file holds no list \"supernodes\"");
+  const found = content.supernodes.map(({ label, nodes: places }) => [String(label), places.flatMap(resolve)]);
   for (const old of supernodes) removeSupernode(old);
-  for (const { label, nodes: places } of content.supernodes) {
-    const members = places.flatMap(resolve);
-    if (members.length) addSupernode(String(label), members, false);
-  }
+  for (const [label, members] of found) if (members.length) addSupernode(label, members, false);
 }
 const writtenSupernodes = () => ({
   supernodes: supernodes.map((one) => ({ label: one.label, nodes: [...one.members].map(place4) })),

@@ -120,8 +120,9 @@ async function steerLive(item, factor, place) {
 }
 async function post(what, body) {
   try {
-    const answer = await fetch(`${data.live}/${what}`, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
-    return await answer.json();
+    const request = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+    const answer = await (await fetch(`${data.live}/${what}`, request)).json();
+    return answer.detail ? { error: JSON.stringify(answer.detail) } : answer;
   } catch (error) {
     return { error: `The server does not answer (${error.message}); is circuits view still running?` };
   }
