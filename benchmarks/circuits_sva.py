@@ -10,6 +10,7 @@ among them at least 0.8 faithful by path patching. Neurons and edges are chosen 
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -69,12 +70,13 @@ def _row(metrics: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def _claim(metrics: Mapping[str, Any]) -> str:
-    faithful = min(metrics["faithfulness_200"].values())
-    complete = max(metrics["completeness_200"].values())
-    edges = min(metrics["edge_faithfulness"].values())
+    # Rounded to the worse side, so that "at least" and "at most" hold.
+    faithful = math.floor(1000 * min(metrics["faithfulness_200"].values())) / 1000
+    complete = math.ceil(1000 * max(metrics["completeness_200"].values())) / 1000
+    edges = math.floor(1000 * min(metrics["edge_faithfulness"].values())) / 1000
     return (
-        f"Over four agreement structures, 200 neurons are at least {faithful:.2f} faithful and at most {complete:.3f} "
-        f"complete on held-out nouns, their edges at least {edges:.2f} faithful."
+        f"Over four agreement structures, 200 neurons are at least {faithful:.3f} faithful and at most {complete:.3f} "
+        f"complete on held-out nouns, their edges at least {edges:.3f} faithful."
     )
 
 
