@@ -6,9 +6,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 
+from circuits.effects import outcomes
 from circuits.folder import with_effects
 from circuits.graph import GraphError
 from circuits.library import Library, thumbnail
@@ -87,6 +89,11 @@ def test_live_edits_are_those_of_the_model(library, model, graph):
         library.scale("a folder/first", [[0, 0, 99999]], 0.0)
     with pytest.raises(GraphError, match="no graph 'other'"):
         library.scale("other", places, 0.0)
+    with pytest.raises(UserError, match="no finite logits"):
+        library.scale("a folder/first", places, float("inf"))
+    several = replace(graph.header, token_ids=[-1, *graph.header.token_ids[1:]])
+    with pytest.raises(GraphError, match="several prompts"):
+        outcomes(model, replace(graph, header=several), [([], 1.0)])
 
 
 def test_a_folder_that_is_a_graph_and_one_that_is_broken(library, tmp_path):

@@ -95,7 +95,11 @@ def outcomes(model: "Model", graph: Graph, cases: Sequence[tuple[Sequence[int], 
 
 
 def check_model(model: "Model", graph: Graph) -> None:
-    """Refuse to run a graph's prompt on a model with other weights."""
+    """Refuse to run a graph's prompt on a model with other weights, and a graph that is of several prompts."""
+    if min((*graph.header.token_ids, *graph.header.target_ids), default=0) < 0:
+        raise GraphError(
+            "the graph combines several prompts or targets, so there is no one run of it to change"
+        )
     if model.fingerprint != graph.header.fingerprint:
         raise GraphError(
             f"the graph was traced on {graph.header.model} with fingerprint {graph.header.fingerprint}, but "

@@ -7,6 +7,7 @@ request, and one request uses it at a time. A trace of a new prompt is a job wit
 import re
 import threading
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,10 @@ class Library:
         graph = self.open(name).graph
         numbers = node_numbers(graph, places)
         with self._lock:
-            return outcomes(self._load(graph.header.model), graph, [(numbers, factor)])[0]
+            [found] = outcomes(self._load(graph.header.model), graph, [(numbers, factor)])
+        if not all(map(isfinite, found["changes"])):
+            raise UserError(f"scaling by {factor:g} leaves no finite logits: take a smaller factor")
+        return found
 
     def start_trace(self, prompt: str, answer: str | None, wrong: str | None) -> int:
         """Trace a new prompt in the background; returns the number of its job."""
