@@ -72,7 +72,10 @@ def test_memory_is_stated_and_refused_before_the_run(llama, tmp_path, monkeypatc
     monkeypatch.setattr(type(llama), "__call__", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(NotEnoughMemoryError, match=r"2 prompts of \d+ tokens takes about .* GiB"):
         run(tmp_path, llama, memory_limit=1000)
-    assert require_memory(llama, llama.encode(["one"])).total < available_bytes(llama.device)
+    wanted = require_memory(llama, llama.encode(["one"]))
+    assert wanted.total < available_bytes(llama.device)
+    with pytest.raises(NotEnoughMemoryError, match="gradients"):
+        require_memory(llama, llama.encode(["one"]), wanted.total, "atp")
 
 
 def test_memory_grows_with_tokens_not_with_their_square(llama):

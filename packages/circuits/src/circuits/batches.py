@@ -98,7 +98,7 @@ def score_prompts(
     missing = [(number, rows) for number, rows in mine if not _part(folder, number).exists()]
     for number, rows in _progress(settings, missing):
         batch = model.encode([prompts[i] for i in rows])
-        require_memory(model, batch, memory_limit)
+        require_memory(model, batch, memory_limit, estimator, basis)
         problem = pose(model, batch, metric_of(rows), basis=basis)
         scores_BKLTN = attribute(problem, estimator, settings=settings)
         ledger = relp(problem.network, problem.metric).ledger

@@ -51,11 +51,7 @@ class Clustering:
     similarity: Similarity
     labels: tuple[int, ...]
     stability: tuple[Stability, ...]
-
-    @property
-    def number(self) -> int:
-        """Number of clusters."""
-        return len(set(self.labels))
+    number: int  # the one that was chosen; k-means may leave a cluster empty
 
     def members(self) -> list[list[Signed]]:
         """Return the signed neurons of every cluster."""
@@ -98,7 +94,7 @@ def cluster(
     stability = tuple(measure_stability(profiles, neurons, number, halvings, seed) for number in numbers)
     best = max(stability, key=lambda one: (round(one.ari, 2), one.cohesion))
     labels = spectral(similarity.mean_nn, best.number, seed)
-    return Clustering(similarity, tuple(int(label) for label in labels), stability)
+    return Clustering(similarity, tuple(int(label) for label in labels), stability, best.number)
 
 
 def measure_stability(

@@ -94,10 +94,16 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def require_memory(model: "Model", batch: "TokenBatch", limit: int | None = None) -> MemoryEstimate:
-    """Return the estimate of posing a batch; NotEnoughMemoryError above `limit` bytes (default: what is available)."""
+def require_memory(
+    model: "Model",
+    batch: "TokenBatch",
+    limit: int | None = None,
+    estimator: str = "relp",
+    basis: str = "neurons",
+) -> MemoryEstimate:
+    """Return the estimate for a batch; NotEnoughMemoryError above `limit` bytes (default: what is available)."""
     n_rows, n_tokens = batch.input_ids_BT.shape
-    wanted = estimate(model, n_rows, n_tokens)
+    wanted = estimate(model, n_rows, n_tokens, estimator=estimator, basis=basis)
     limit = available_bytes(model.device) if limit is None else limit
     if wanted.total > limit:
         raise NotEnoughMemoryError(
