@@ -210,6 +210,9 @@ def test_supernodes_are_made_named_changed_and_written(open_page, content):
         f"(() => {{ try {{ readSupernodes({with_fault}); }} catch {{ return true; }} }})()"
     )
     assert open_page.evaluate("writtenSupernodes()")["supernodes"] == written  # a bad file costs none
+    elsewhere = {"label": "of another prompt", "nodes": [[0, None, 99999, 0]]}
+    open_page.evaluate(f"readSupernodes({json.dumps({'supernodes': [*written, elsewhere]})})")
+    assert open_page.evaluate("writtenSupernodes()")["supernodes"] == [*written, elsewhere]
 
 
 def test_steering_shows_what_was_computed_beforehand(open_page, content):

@@ -90,7 +90,7 @@ function pathsThrough(node, width = 3) {
 }
 
 // Supernodes, in their file's form: a label and [layer, position or null for every position, neuron, sign or 0].
-let supernodes = [];
+let supernodes = [], absent = []; // absent: none of their neurons are in this graph; they are kept in the file
 const neuronKey = (layer, neuron) => `${layer}/${neuron}`;
 const neurons = new Map();
 for (const node of nodes.filter((one) => one.kind === "neuron")) {
@@ -115,10 +115,11 @@ function removeSupernode(gone) {
 }
 function readSupernodes(content) {
   if (!Array.isArray(content?.supernodes)) throw new Error("the file holds no list \"supernodes\"");
-  const found = content.supernodes.map(({ label, nodes: places }) => [String(label), places.flatMap(resolve)]);
+  const found = content.supernodes.map((one) => [one, one.nodes.flatMap(resolve)]);
   for (const old of supernodes) removeSupernode(old);
-  for (const [label, members] of found) if (members.length) addSupernode(label, members, false);
+  for (const [one, members] of found) if (members.length) addSupernode(String(one.label), members, false);
+  absent = found.filter(([, members]) => !members.length).map(([{ label, nodes: places }]) => ({ label: String(label), nodes: places }));
 }
 const writtenSupernodes = () => ({
-  supernodes: supernodes.map((one) => ({ label: one.label, nodes: [...one.members].map(place4) })),
+  supernodes: [...supernodes.map((one) => ({ label: one.label, nodes: [...one.members].map(place4) })), ...absent],
 });
