@@ -22,6 +22,8 @@ import _circuits_nodes
 import torch
 from _results import write_results
 
+from shared.allocator import keep_freed_memory
+
 CLAIM = (
     "Node scores and direct edges of random models, float32: ratios of times in one run, sides interleaved."
 )
@@ -72,6 +74,7 @@ def main() -> None:
     )
     parser.add_argument("--long-prompt", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    keep_freed_memory()  # as the pipelines and commands do; for every side
     if options.long_prompt:  # the process whose memory is measured
         print(json.dumps(_circuits_nodes.run_long_prompt()))
         return

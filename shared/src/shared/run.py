@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from shared.allocator import keep_freed_memory
 from shared.config import ConfigError, to_dataclass, unknown_key
 from shared.errors import UserError
 from shared.models import ModelConfig
@@ -131,6 +132,7 @@ def _chosen(name: str) -> Pipeline:
 def main() -> None:
     """Entry point of `python -m shared.run`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and we decide how an error looks
+    keep_freed_memory()
     try:
         register_defaults()
         hydra.main(version_base="1.3", config_path=str(configuration_folder()), config_name="config")(task)()

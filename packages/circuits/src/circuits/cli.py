@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from shared.allocator import keep_freed_memory
 from shared.commands import run_command
 
 # Name of the subcommand -> (module that implements it, one line for the help). Imported when it is asked for.
@@ -16,4 +17,5 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
+    keep_freed_memory()
     return run_command("circuits", "Neuron circuits: trace them, look at them, test them.", COMMANDS, argv)
