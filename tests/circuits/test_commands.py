@@ -38,7 +38,7 @@ def test_trace_writes_graph_page_and_effects(traced, capsys, tmp_path):
     assert f"page: {traced / 'index.html'}" in printed
     assert "demeaned logit" in printed
     content = open_folder(traced)
-    assert plain(content.supernodes) == supernodes["supernodes"]
+    assert plain(content.supernodes.supernodes) == supernodes["supernodes"]
     assert sorted(content.effects[-1]["nodes"]) == sorted(content.graph.strongest_numbers(2))
 
 

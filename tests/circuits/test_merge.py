@@ -206,3 +206,39 @@ def test_always_on_neurons_are_counted_and_taken_out(graphs):
 
 def test_a_share_of_nothing_is_all_of_it():
     assert kept_share(torch.zeros(3), torch.zeros(3, dtype=torch.bool)) == 1.0
+
+
+def test_exports_of_combined_graphs_have_an_id_for_every_node():
+    """Several targets and several prompts: targets that differ, that agree, and two of one token."""
+    from jsonschema import validate
+
+    from circuits.attribution import pose
+    from circuits.export import SCHEMA, neuronpedia, target_words
+    from circuits.metric import token_logits
+    from shared.models import ModelConfig, load
+    from shared.tokens import pad
+
+    model = load(ModelConfig("random:gpt2", dtype="float64"))
+    targets = [[7, 5, 9, 9], [7, 6, 8, 8], [7, 4, 3, 9]]
+    batch = pad(ROWS, [5, 5, 5], 0)
+    problem = pose(model, batch, lambda logits, at: token_logits(logits, at, targets))
+    graphs = [trace_problem(problem, row, max_nodes=10, max_edges=100) for row in range(3)]
+    assert target_words(graphs[0].header.target_ids) == [7, 5, -3, -4]
+    for graph in [*graphs, mean_graph(graphs), consensus_graph(graphs), difference_graph(*graphs[:2])]:
+        content = neuronpedia(graph)
+        validate(content, SCHEMA)
+        for name in ("node_id", "jsNodeId"):
+            ids = [
+                node[name]
+                for node in content["nodes"]
+                if name == "node_id" or node["feature_type"] == "logit"
+            ]
+            assert len(set(ids)) == len(ids)
+        ids = [node["node_id"] for node in content["nodes"]]
+        ends = [(ids.index(link["source"]), ids.index(link["target"])) for link in content["links"]]
+        assert ends == list(zip(graph.source_e.tolist(), graph.target_e.tolist(), strict=True))
+        features = [node["feature"] for node in content["nodes"] if node["feature_type"] == "logit"]
+        assert features == [token if token >= 0 else None for token in graph.header.target_ids]
+    ids = [node["node_id"] for node in neuronpedia(mean_graph(graphs))["nodes"]]
+    n_layers = model.architecture.n_layers
+    assert {f"{n_layers + 1}_{word}_4" for word in (7, -2, -3, -4)} <= set(ids)

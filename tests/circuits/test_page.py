@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 
+from circuits.clusters import Stability
 from circuits.folder import GraphFolder, members_of, open_folder, with_effects
 from circuits.graph import LOGIT, NEURON
-from circuits.supernodes import Supernode
+from circuits.supernodes import Supernode, Supernodes, read_supernodes
 from circuits.tracing import trace
 from circuits.view import page, page_data, write_page
 from shared.errors import UserError
@@ -30,7 +31,7 @@ def content(model) -> GraphFolder:
         Supernode("first & <best>", [(*place, 0) for place in strongest[:3]]),
         Supernode("second", [(layer, None, neuron, 0) for layer, _, neuron in strongest[3:5]]),
     ]
-    return with_effects(model, graph, rows)
+    return with_effects(model, graph, Supernodes(rows))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_supernodes_fold_and_their_edges_are_sums(open_page, content):
     graph = content.graph
     folded = open_page.evaluate("supernodes.map((one) => [...one.members].map((node) => node.id))")
     assert [sorted(members) for members in folded] == [
-        sorted(members_of(graph, row)) for row in content.supernodes
+        sorted(members_of(graph, row)) for row in content.supernodes.supernodes
     ]
     shown = set(open_page.evaluate("scene.items.filter((one) => !one.members).map((one) => one.id)"))
     assert not shown & {node for members in folded for node in members}
@@ -200,7 +201,7 @@ def test_supernodes_are_made_named_changed_and_written(open_page, content):
     assert written[2]["nodes"][0] == open_page.evaluate("place4([...supernodes[2].members][0])")
     open_page.evaluate("readSupernodes(JSON.parse(JSON.stringify(writtenSupernodes())))")
     assert open_page.evaluate("writtenSupernodes()")["supernodes"] == written
-    for row, before in zip(written, content.supernodes, strict=False):
+    for row, before in zip(written, content.supernodes.supernodes, strict=False):
         after = Supernode(row["label"], [tuple(place) for place in row["nodes"]])
         assert members_of(content.graph, after) == members_of(content.graph, before)
     open_page.evaluate("openFile(new File(['{'], 'x.json'))")
@@ -215,6 +216,59 @@ def test_supernodes_are_made_named_changed_and_written(open_page, content):
     assert open_page.evaluate("writtenSupernodes()")["supernodes"] == [*written, elsewhere]
 
 
+FOUND = Stability(3, 0.5, 0.01, 0.125, 0.25, 0.0, 0.1)
+
+
+def found_supernodes(graph) -> Supernodes:
+    """A clustering's file: neurons at every position, of either sign, shared, and of other prompts."""
+    (layer, position, neuron), (second, _, other), *_ = graph.strongest(12)[6:]
+    rows = [
+        Supernode("anywhere", [(layer, None, neuron, 0), (0, None, 99999, -1)]),
+        Supernode("of another prompt", [(0, 77, 99999, 1)]),
+        Supernode("shared", [(layer, position, neuron, 0), (second, None, other, 0)]),
+        Supernode("hidden by the one before", [(second, None, other, 0)]),
+    ]
+    return Supernodes(rows, 4, [FOUND], [1.5, 2.0, 3.0, 4.25], 0.75, 10)
+
+
+def test_supernodes_are_read_and_written_without_loss(browser, content, tmp_path):
+    """Through the folder, the page as it opens, and a file opened on it: what was not edited is as it was."""
+    found = found_supernodes(content.graph)
+    folder = GraphFolder(content.graph, found).save(tmp_path / "found")
+    assert open_folder(folder).supernodes == found
+
+    def written(page):
+        path = tmp_path / "written.json"
+        path.write_text(json.dumps(page.evaluate("writtenSupernodes()")))
+        return read_supernodes(path)
+
+    with browser.open(folder / "index.html") as page:
+        assert written(page) == found
+        text = json.dumps((folder / "supernodes.json").read_text())
+        page.evaluate("removeSupernode(groups[0])")
+        page.evaluate(f"openFile(new File([{text}], 'supernodes.json'))")
+        page.wait_for("groups.length === 4")
+        assert written(page) == found
+        page.click("#tab-groups")
+        assert "name no neuron of this graph" in page.text("#panel")
+        assert "save" not in page.text("#panel").split()  # nothing to save to in a file
+        page.evaluate("takeOut(ranked[6].super, ranked[6])")
+        page.evaluate("addTo(supernodes[0], ranked[9])")
+        edited = written(page)
+        assert not page.errors
+    (layer, position, neuron), fourth = content.graph.strongest(12)[6], content.graph.strongest(12)[9]
+    assert edited.stability == found.stability
+    assert (edited.number, edited.coverage, edited.contexts) == (4, 0.75, 10)
+    for before, after, support in zip(found.supernodes, edited.supernodes, edited.support, strict=True):
+        if after == before:
+            assert support == found.support[found.supernodes.index(before)]
+        else:
+            assert support is None
+    assert (0, 77, 99999, 1) in edited.supernodes[1].nodes
+    assert (layer, position, neuron, 0) not in edited.supernodes[2].nodes
+    assert sum(place[:3] == fourth for one in edited.supernodes for place in one.nodes) == 1
+
+
 def test_steering_shows_what_was_computed_beforehand(open_page, content):
     graph = content.graph
     open_page.evaluate("pick(supernodes[0])")
@@ -223,7 +277,7 @@ def test_steering_shows_what_was_computed_beforehand(open_page, content):
     )
     assert buttons[-3:] == ["ablate \u00d70", "flip \u00d7\u22121", "double \u00d72"]
     open_page.evaluate("[...document.querySelectorAll('#panel .row button')].at(-3).click()")
-    members = sorted(members_of(graph, content.supernodes[0]))
+    members = sorted(members_of(graph, content.supernodes.supernodes[0]))
     outcome = next(row for row in content.effects if row["nodes"] == members)["outcomes"]["0"]
     after = graph.header.target_values[0] + outcome["changes"][0]
     shown = open_page.text(".outcome li").replace("\u2212", "-")

@@ -107,7 +107,7 @@ def test_concepts_on_a_file_of_pairs(pairs, tmp_path, monkeypatch):
     assert content.number == len(content.supernodes) == metrics["supernodes"]["letters"]["number"]
     assert {layer for one in content.supernodes for layer, *_ in one.nodes} <= {0, 1, 2}
     assert 0 < metrics["supernodes"]["letters"]["coverage"] <= 1
-    assert open_folder(folder).supernodes == content.supernodes
+    assert open_folder(folder).supernodes == content
     edited = Supernodes(content.supernodes[:1])
     write_supernodes(folder / "supernodes.json", edited)
     run_in(tmp_path / "run", config)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 import urllib.error
@@ -113,6 +114,22 @@ def test_a_folder_that_is_a_graph_and_one_that_is_broken(library, tmp_path):
     assert Library(tmp_path / "nowhere", CONFIG).graphs() == {}
 
 
+def test_graphs_of_an_older_format_are_listed_as_unreadable(library, tmp_path):
+    library.config = replace(CONFIG, name="")
+    older = tmp_path / "a folder" / "an older one"  # comes before "first", whose model new prompts take
+    shutil.copytree(tmp_path / "a folder" / "first", older)
+    header = json.loads((older / "graph.json").read_text())
+    (older / "graph.json").write_text(json.dumps(header | {"version": 1}))
+    error = library.summary("a folder/an older one")["error"]
+    assert f"trace again with `circuits trace --out {older} ...`" in error
+    assert "\n" not in error
+    assert error.count("format version 1") == 1
+    assert json.dumps(error)[1:-1] in index_page(library)
+    assert library._model_of_graphs() == CONFIG.name
+    (older / "graph.json").write_text(json.dumps(header | {"version": 99}))
+    assert "update this package" in library.summary("a folder/an older one")["error"]
+
+
 def test_thumbnails_hold_the_strongest(graph):
     dots = thumbnail(graph)
     assert len(dots) == len(graph.neurons())
@@ -174,8 +191,8 @@ def test_the_whole_path_in_a_browser(browser, server, library):
         page.click("#save")
         page.wait_for("byId('said').textContent === '1 supernodes saved'")
         saved = library.open("four-five").supernodes
-        assert plain(saved) == page.evaluate("writtenSupernodes()")["supernodes"]
+        assert plain(saved) == page.evaluate("writtenSupernodes()")
         page.load(f"{server}/graphs/four-five")
-        assert page.evaluate("writtenSupernodes()")["supernodes"] == plain(saved)
+        assert page.evaluate("writtenSupernodes()") == plain(saved)
         assert not page.errors
         assert all(address.startswith(server) for address in page.fetched)

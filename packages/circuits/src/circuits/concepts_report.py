@@ -20,7 +20,7 @@ def report_supernodes(content: Supernodes, run: Run) -> None:
     rows = zip(content.supernodes, content.support, strict=True)
     run.report.table(
         [
-            {"supernode": one.label, "neurons": len(one.nodes), "contexts a pair": round(seen, 1)}
+            {"supernode": one.label, "neurons": len(one.nodes), "contexts a pair": round(seen or 0.0, 1)}
             for one, seen in rows
         ],
         "Supernodes: the words they hear -> the words they say.",

@@ -1,13 +1,16 @@
 """Graphs as circuit-tracer / Neuronpedia JSON (digest section 6): opens in the public attribution-graph front ends.
 
 Ids follow the format: neurons `{layer}_{neuron}_{position}`, tokens `E_{token}_{position}`, targets `{n_layers +
-1}_{vocabulary id}_{position}`; a neuron's `feature` is the Cantor pairing of layer and neuron. Biases and learned
-positions, which the format does not know, keep ids of their own and the type of error nodes. Polarity and what a
-neuron writes stand in `clerp`. `SCHEMA` states what the format requires; every export is checked against it in the
-tests.
+1}_{vocabulary id}_{position}`; a neuron's `feature` is the Cantor pairing of layer and neuron. A target without a
+vocabulary id of its own (graphs of several prompts combined, two targets of one token) has -1, -2, ... in its place, by
+its number. Biases and learned positions, which the format does not know, keep ids of their own and the type of error
+nodes. Polarity and what a neuron writes stand in `clerp`. `SCHEMA` states what the format requires; every export is
+checked against it in the tests.
 """
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,14 @@ def cantor(layer: int, neuron: int) -> int:
     return (layer + neuron) * (layer + neuron + 1) // 2 + neuron
 
 
+def target_words(target_ids: Sequence[int]) -> list[int]:
+    """Return what stands for each target in its id: its vocabulary id where that is known and no other target's."""
+    counts = Counter(target_ids)
+    return [
+        token if token >= 0 and counts[token] == 1 else -1 - number for number, token in enumerate(target_ids)
+    ]
+
+
 def _node(graph: Graph, node: int) -> dict[str, Any]:
     kind, layer = int(graph.kind_n[node]), int(graph.layer_n[node])
     position, index = int(graph.position_n[node]), int(graph.index_n[node])
@@ -129,11 +140,11 @@ def _node(graph: Graph, node: int) -> dict[str, Any]:
             "activation": float(graph.activation_n[node]),
         }
     if kind == LOGIT:
-        token = header.target_ids[index]
+        token, word = header.target_ids[index], target_words(header.target_ids)[index]
         return base | {
-            "node_id": f"{header.n_layers + 1}_{token}_{position}",
-            "jsNodeId": f"L_{token}-{position}",
-            "feature": token,
+            "node_id": f"{header.n_layers + 1}_{word}_{position}",
+            "jsNodeId": f"L_{word}-{position}",
+            "feature": token if token >= 0 else None,
             "layer": str(header.n_layers + 1),
             "feature_type": "logit",
             "token_prob": header.target_probabilities[index],

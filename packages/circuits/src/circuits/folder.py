@@ -8,7 +8,6 @@
 A supernode names neurons, not numbers of nodes, so that its file fits other graphs of the same model.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,16 +27,16 @@ SUPERNODES, EFFECTS, PAGE = "supernodes.json", "effects.json", "index.html"
 
 @dataclass(frozen=True)
 class GraphFolder:
-    """A graph with its supernodes, and its effects as rows of their file."""
+    """A graph with the content of its supernodes' file, and its effects as rows of theirs."""
 
     graph: Graph
-    supernodes: list[Supernode] = field(default_factory=list)
+    supernodes: Supernodes = field(default_factory=lambda: Supernodes([]))
     effects: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path | str, title: str | None = None) -> Path:
         """Write all files into the folder; returns the folder."""
         folder = self.graph.save(folder)
-        write_supernodes(folder / SUPERNODES, Supernodes(self.supernodes))
+        write_supernodes(folder / SUPERNODES, self.supernodes)
         write_json(folder / EFFECTS, {"effects": self.effects})
         write_page(self.graph, folder / PAGE, title, supernodes=self.supernodes, effects=self.effects)
         return folder
@@ -48,7 +47,7 @@ class GraphFolder:
 
         exported = neuronpedia(self.graph)
         ids = [node["node_id"] for node in exported["nodes"]]
-        named = ((one.label, members_of(self.graph, one)) for one in self.supernodes)
+        named = ((one.label, members_of(self.graph, one)) for one in self.supernodes.supernodes)
         exported["qParams"]["supernodes"] = [
             [label, *(ids[node] for node in members)] for label, members in named if members
         ]
@@ -60,7 +59,8 @@ def open_folder(folder: Path | str) -> GraphFolder:
     """Read a graph's folder; supernodes and effects may be absent. GraphError says what is wrong with a file."""
     folder = Path(folder)
     graph = load_graph(folder)
-    supernodes = read_supernodes(folder / SUPERNODES).supernodes if (folder / SUPERNODES).exists() else []
+    path = folder / SUPERNODES
+    supernodes = read_supernodes(path) if path.exists() else Supernodes([])
     effects = _rows(folder / EFFECTS, "effects") if (folder / EFFECTS).exists() else []
     return GraphFolder(graph, supernodes, effects)
 
@@ -76,12 +76,13 @@ def graph_folders(root: Path | str) -> list[Path]:
     return found
 
 
-def with_effects(model: "Model", graph: Graph, supernodes: Sequence[Supernode] = ()) -> GraphFolder:
+def with_effects(model: "Model", graph: Graph, supernodes: Supernodes | None = None) -> GraphFolder:
     """Return the graph with what scaling its strongest neurons and its supernodes does to the answer."""
     from circuits.effects import precompute
 
-    groups = [members for one in supernodes if (members := members_of(graph, one))]
-    return GraphFolder(graph, list(supernodes), precompute(model, graph, groups))
+    supernodes = supernodes or Supernodes([])
+    groups = [members for one in supernodes.supernodes if (members := members_of(graph, one))]
+    return GraphFolder(graph, supernodes, precompute(model, graph, groups))
 
 
 def members_of(graph: Graph, supernode: Supernode) -> list[int]:

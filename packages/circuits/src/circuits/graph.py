@@ -250,14 +250,22 @@ def load_graph(folder: Path | str) -> Graph:
     return Graph(header=header, **columns)
 
 
+def _check_version(path: Path, version: object) -> None:
+    if version == FORMAT_VERSION:
+        return
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        advice = "update this package to read it"
+    else:
+        advice = f"trace again with `circuits trace --out {path.parent} ...`"
+    raise GraphError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}: {advice}")
+
+
 def _read_header(path: Path) -> Header:
     try:
         content = read_json(path)
     except ValueError as error:
         raise GraphError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("version") != FORMAT_VERSION:
-        version = content.get("version") if isinstance(content, dict) else None
-        raise GraphError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}")
+    _check_version(path, content.get("version") if isinstance(content, dict) else None)
     hashes = content.pop("hashes", None)
     try:
         header = to_dataclass(Header, content)

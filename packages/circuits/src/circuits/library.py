@@ -6,6 +6,7 @@ request, and one request uses it at a time. A trace of a new prompt is a job wit
 
 import re
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from circuits.effects import Outcome, outcomes
 from circuits.folder import SUPERNODES, GraphFolder, graph_folders, open_folder, with_effects
-from circuits.graph import NEURON, Graph, GraphError
+from circuits.graph import NEURON, Graph, GraphError, load_graph
 from circuits.supernodes import Supernodes, write_supernodes
 from circuits.tracing import trace
 from shared.config import ConfigError, to_dataclass
@@ -86,7 +87,7 @@ class Library:
         }
 
     def save_supernodes(self, name: str, content: dict[str, Any]) -> int:
-        """Check and write a graph's supernodes; returns how many there are."""
+        """Check and write the content of a graph's supernodes' file; returns how many supernodes there are."""
         try:
             found = to_dataclass(Supernodes, content)
         except ConfigError as error:
@@ -140,7 +141,8 @@ class Library:
         if self.config.name:
             return self.config.name
         for folder in self.graphs().values():
-            return open_folder(folder).graph.header.model
+            with suppress(GraphError):  # the index says what is wrong with it
+                return load_graph(folder).header.model
         raise GraphError("no model is known: start `circuits view` with --model")
 
     def _load(self, name: str) -> Model:

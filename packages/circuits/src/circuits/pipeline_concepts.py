@@ -105,9 +105,7 @@ def _beside_graph(study: Study, content: Supernodes, folder: Path, made: bool) -
     if path.exists() and (found := read_supernodes(path)).supernodes and (not made or found == content):
         return
     graph = load_graph(folder)
-    whole = with_effects(study.model, graph, content.supernodes)
-    whole.save(folder, f"{study.name}: {graph.header.prompt} ...")
-    write_supernodes(path, content)
+    with_effects(study.model, graph, content).save(folder, f"{study.name}: {graph.header.prompt} ...")
 
 
 def hypothesis_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> list[Finding]:
@@ -183,10 +181,12 @@ def _says(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def named_neurons(model: Model, data: StepData, sets: dict[str, Tensor], k: int = 5) -> list[dict[str, Any]]:
-    """Return, for each step and state, its k neurons that write most, and the words that the whole set raises most.
+    """Return, for each step and state, its k neurons of largest mean activation, and the words the whole set raises.
 
-    A neuron's part is its mean activation over the state's training prompts of the step's question, times its direct
-    write; `says` is the sum's top words.
+    `sets` holds a mask (states, layers, neurons) for each step: "first" (which asks the state), "second" (the capital)
+    or "common" (both questions). Means are over the state's training prompts of that question, at their last token.
+    Rows have `step`, `state`, `neurons` ("L2/N15+", the sign that of the mean) and `says`: the three words of the
+    largest sum, over all of the set's neurons, of mean activation times direct write.
     """
     asked = {"first": "state", "second": "capital", "common": "both"}
     rows = []

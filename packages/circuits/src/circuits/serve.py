@@ -8,7 +8,8 @@
     GET  /traces/N                      {"stage": ..., "name": ..., "error": ...}
 
 For this machine alone: it listens on the loopback address, answers to no other host name (so that no page from
-elsewhere can reach it by a name that points here), and takes JSON only (which a form from elsewhere cannot send).
+elsewhere can reach it by a name that points here), and takes only what is called JSON, which a page from elsewhere
+cannot send unasked (FastAPI's `strict_content_type`, from 0.132 on).
 """
 
 import socket

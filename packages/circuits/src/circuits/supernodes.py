@@ -3,9 +3,10 @@
     {"supernodes": [{"label": str, "nodes": [[layer, position or null, neuron, sign], ...]}, ...],
      "number": ..., "stability": [...], "coverage": ..., "support": [...], "contexts": ...}
 
-A position of null means every position; the sign is that of the activation (0: either). The label of a found cluster is
-what it hears and what it says: the words of the contexts that its attribution is largest on, and the words that its
-neurons together raise.
+A position of null means every position; the sign is that of the activation (0: either). Everything but the supernodes
+says how a clustering found them and stays as it is when they are edited; the support of one that was edited is null.
+The label of a found cluster is what it hears and what it says: the words of the contexts that its attribution is
+largest on, and the words that its neurons together raise.
 """
 
 from collections import Counter
@@ -40,7 +41,7 @@ class Supernodes:
     supernodes: list[Supernode]
     number: int = 0
     stability: list[Stability] = field(default_factory=list)
-    support: list[float] = field(default_factory=list)
+    support: list[float | None] = field(default_factory=list)
     coverage: float | None = None
     contexts: int = 0
 
@@ -75,7 +76,7 @@ def from_clusters(
         supernodes=supernodes,
         number=clustering.number,
         stability=list(clustering.stability),
-        support=clustering.support(),
+        support=list(clustering.support()),
         coverage=coverage,
         contexts=len(profiles),
     )

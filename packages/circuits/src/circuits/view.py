@@ -22,9 +22,18 @@ from shared.plots import PALETTE
 from shared.serialize import atomic_path, plain
 
 if TYPE_CHECKING:
-    from circuits.supernodes import Supernode
+    from circuits.supernodes import Supernodes
 
-SCRIPTS = ("model.js", "layout.js", "edges.js", "paint.js", "panel.js", "groups.js", "main.js")
+SCRIPTS = (
+    "model.js",
+    "supernodes.js",
+    "layout.js",
+    "edges.js",
+    "paint.js",
+    "panel.js",
+    "groups.js",
+    "main.js",
+)
 DIGITS = 6  # significant ones of an edge's weight in the page
 
 
@@ -33,7 +42,7 @@ def write_page(
     path: Path | str,
     title: str | None = None,
     *,
-    supernodes: "Sequence[Supernode]" = (),
+    supernodes: "Supernodes | None" = None,
     effects: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write the graph's page; returns its path."""
@@ -48,12 +57,13 @@ def page(
     graph: Graph,
     title: str,
     *,
-    supernodes: "Sequence[Supernode]" = (),
+    supernodes: "Supernodes | None" = None,
     effects: Sequence[Mapping[str, Any]] = (),
     live: str | None = None,
 ) -> str:
     """Return the page as one string of HTML; `live` is the address below which a server answers it."""
-    data = page_data(graph) | {"supernodes": plain(supernodes), "effects": plain(effects), "live": live}
+    groups = plain(supernodes) if supernodes else {"supernodes": []}
+    data = page_data(graph) | {"supernodes": groups, "effects": plain(effects), "live": live}
     style, script = palette() + asset("base.css") + asset("graph.css"), script_of(SCRIPTS)
     return fill(
         asset("graph.html"),

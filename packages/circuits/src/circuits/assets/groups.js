@@ -7,8 +7,7 @@ function memberActions(node) {
   add.addEventListener("change", () => {
     if (add.value === "new") return group([node]);
     const one = supernodes[Number(add.value)];
-    one.members.add(node);
-    node.super = one;
+    addTo(one, node);
     refresh();
     return say(`${nameOf(node)} added to ${one.label}`);
   });
@@ -18,9 +17,8 @@ function memberActions(node) {
 function group(chosen) {
   const members = chosen.flatMap((item) => (item.members ? [...item.members] : [item])).filter((node) => node.kind === "neuron");
   if (!members.length) return say("Only neurons can be grouped.");
-  for (const item of chosen) if (item.members) removeSupernode(item);
-  let number = supernodes.length + 1;
-  while (supernodes.some((one) => one.label === `group ${number}`)) number += 1;
+  let number = groups.length + 1;
+  while (groups.some((one) => one.label === `group ${number}`)) number += 1;
   const made = addSupernode(`group ${number}`, members);
   state.marked.clear();
   refresh();
@@ -44,7 +42,7 @@ function supernodeEditor(one) {
   name.addEventListener("change", () => { one.label = name.value.trim() || one.label; refresh(); });
   const members = [...one.members].sort((a, b) => b.strength - a.strength).map((node) => html("li", { className: "member" },
     html("span", { className: "name", textContent: nameOf(node) }), html("span", { textContent: signed(effect(node, state.target)) }),
-    button("\u00d7", () => { one.members.delete(node); node.super = null; if (!one.members.size) removeSupernode(one); refresh(); },
+    button("\u00d7", () => { takeOut(one, node); refresh(); },
       { title: "take out", aria: { label: `take ${nameOf(node)} out` } })));
   return [
     html("div", { className: "row" }, name, button("unfold", () => { fold(one, false); }), button("dissolve", () => { removeSupernode(one); refresh(); })),
@@ -56,17 +54,19 @@ function groupsTab() {
     html("button", { type: "button", className: "link name", textContent: `${one.label} (${one.members.size})`, on: { click: () => { fold(one, true); pick(one); } } }),
     html("span", { textContent: signed(effect(one, state.target)) }),
     button(one.folded ? "unfold" : "fold", () => fold(one, !one.folded), { aria: { label: `${one.folded ? "unfold" : "fold"} ${one.label}` } })));
+  const absent = groups.length - supernodes.length;
   const file = html("input", { type: "file", accept: "application/json", hidden: true });
   file.addEventListener("change", async () => openFile(file.files[0]));
   return [
     html("h2", { textContent: "Supernodes" }),
+    ...(absent ? [html("p", { className: "words", textContent: `${absent} more of the file name no neuron of this graph; they are kept.` })] : []),
     ...(rows.length ? [html("ul", { className: "list" }, ...rows)] : [html("p", { className: "words", textContent: "None yet: shift-click nodes, then press g." })]),
     html("div", { className: "row" },
       button(`group ${state.marked.size || ""} marked`, () => group([...state.marked]), { disabled: !state.marked.size, id: "group" }),
       button("fold all", () => foldAll(true)), button("unfold all", () => foldAll(false))),
-    html("div", { className: "row" },
-      button("save", save, { id: "save" }), button("download", download, { id: "download" }), button("open \u2026", () => file.click()), file),
-  ].filter((part) => data.live || part.id !== "save");
+    html("div", { className: "row" }, ...(data.live ? [button("save", save, { id: "save" })] : []),
+      button("download", download, { id: "download" }), button("open \u2026", () => file.click()), file),
+  ];
 }
 async function openFile(file) {
   try {
@@ -84,7 +84,6 @@ function download() {
   say("supernodes.json downloaded; put it beside the graph's graph.json");
 }
 async function save() {
-  if (!data.live) return download();
   const answer = await post("supernodes", writtenSupernodes());
-  return say(answer.error ?? `${supernodes.length} supernodes saved`);
+  say(answer.error ?? `${answer.saved} supernodes saved`);
 }

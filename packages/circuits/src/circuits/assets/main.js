@@ -198,8 +198,7 @@ function controls() {
 byId("title").textContent = document.title;
 byId("answer").textContent = header.targets.map(word).join(", ");
 Object.assign(state, { count: ranked.length, edges: Math.min(edges.length, 250) });
-readSupernodes({ supernodes: data.supernodes });
-for (const one of supernodes) one.folded = true;
+readSupernodes(data.supernodes, true);
 readColours();
 controls();
 pointer();

@@ -88,38 +88,3 @@ function pathsThrough(node, width = 3) {
   follow(node.outs, down, "target", (e) => e.part * down[e.target.id].value);
   return found;
 }
-
-// Supernodes, in their file's form: a label and [layer, position or null for every position, neuron, sign or 0].
-let supernodes = [], absent = []; // absent: none of their neurons are in this graph; they are kept in the file
-const neuronKey = (layer, neuron) => `${layer}/${neuron}`;
-const neurons = new Map();
-for (const node of nodes.filter((one) => one.kind === "neuron")) {
-  const key = neuronKey(node.layer, node.index);
-  neurons.set(key, [...(neurons.get(key) ?? []), node]);
-}
-const signOf = (node) => (node.activation < 0 ? -1 : 1);
-function resolve([layer, position, neuron, sign = 0]) {
-  const fits = (node) => (position === null || node.position === position) && (!sign || signOf(node) === Math.sign(sign));
-  return (neurons.get(neuronKey(layer, neuron)) ?? []).filter(fits);
-}
-const place4 = (node) => [node.layer, node.position, node.index, signOf(node)];
-function addSupernode(label, members, folded = true) {
-  const made = { label, members: new Set(members), folded };
-  for (const node of made.members) { node.super?.members.delete(node); node.super = made; }
-  supernodes = [...supernodes, made].filter((one) => one.members.size);
-  return made;
-}
-function removeSupernode(gone) {
-  for (const node of gone.members) node.super = null;
-  supernodes = supernodes.filter((one) => one !== gone);
-}
-function readSupernodes(content) {
-  if (!Array.isArray(content?.supernodes)) throw new Error("the file holds no list \"supernodes\"");
-  const found = content.supernodes.map((one) => [one, one.nodes.flatMap(resolve)]);
-  for (const old of supernodes) removeSupernode(old);
-  for (const [one, members] of found) if (members.length) addSupernode(String(one.label), members, false);
-  absent = found.filter(([, members]) => !members.length).map(([{ label, nodes: places }]) => ({ label: String(label), nodes: places }));
-}
-const writtenSupernodes = () => ({
-  supernodes: [...supernodes.map((one) => ({ label: one.label, nodes: [...one.members].map(place4) })), ...absent],
-});

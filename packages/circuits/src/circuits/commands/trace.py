@@ -54,7 +54,7 @@ def main(arguments: Namespace) -> int:
     from circuits.tracing import trace
     from shared.models import ModelConfig, load
 
-    supernodes = read_supernodes(arguments.supernodes).supernodes if arguments.supernodes else []
+    supernodes = read_supernodes(arguments.supernodes) if arguments.supernodes else None
     console = Console()
     with console.status(f"loading {arguments.model}") as status:
         model = load(ModelConfig(arguments.model, dtype=arguments.dtype, device=arguments.device))
