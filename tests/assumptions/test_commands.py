@@ -128,7 +128,7 @@ def test_a_step_that_fails_leaves_the_study_where_it_was(tmp_path, monkeypatch):
 
 def test_a_damaged_study_is_named(tmp_path, place):
     (tmp_path / "study.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not JSON"):
         load_study(tmp_path)
     (tmp_path / "study.json").write_text(json.dumps({"model": {"name": "x"}, "settings": {"kind": 1}}))
     with pytest.raises(UserError, match=r"settings\.kind"):

@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_one_line_before_any_work(elicited, tmp_path, capsy
         (f"elicit {data} --instrument ten --expected", "has no scores"),
         (f"elicit {data} --column text=prompt --retest 3", "set a temperature"),
         (f"elicit {data} --column text=prompt --orders 1", "at least two"),
-        (f"elicit {data}", "missing key 'text'"),
+        (f"elicit {data}", "no column 'text'; there are 'key', 'prompt', 'other'"),
         ("data elephant", "no data set 'elephant'"),
         (f"data gsm8k {tmp_path} --part test", "grade-school-math"),
         (f"words {tmp_path}/absent.jsonl --out {tmp_path}/p.html", "is no file of answers"),

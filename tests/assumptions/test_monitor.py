@@ -138,7 +138,7 @@ class TestSubject:
         monkeypatch.setattr("assumptions.monitor.prepare.load", lambda _: pytest.fail("loaded"))
         for probes, instrument, message in (
             (None, None, "give --probes FOLDER"),
-            (tmp_path / "none", None, "is no folder"),
+            (tmp_path / "none", None, "holds no probes.json"),
             (tmp_path, "support", "no instrument"),
         ):
             with pytest.raises(UserError, match=message):

@@ -10,9 +10,9 @@ import pytest
 import uvicorn
 
 from assumptions.dimensions import NAMES
-from assumptions.monitor.command import listen
 from assumptions.monitor.server import build
 from assumptions.monitor.session import Store
+from shared.listening import listen
 from shared.tinyworld import social
 
 DONE = "document.querySelector('#status').textContent === 'The reply is complete.'"

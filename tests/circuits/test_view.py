@@ -15,11 +15,12 @@ from circuits.effects import outcomes
 from circuits.folder import with_effects
 from circuits.graph import GraphError
 from circuits.library import Library, thumbnail
-from circuits.serve import create_app, index_page, listen
+from circuits.serve import HOST, create_app, index_page
 from circuits.steering import Node, scale_nodes
 from circuits.tracing import trace
 from shared.errors import UserError
 from shared.hooks import edit
+from shared.listening import listen
 from shared.models import ModelConfig, load
 from shared.serialize import plain
 
@@ -50,7 +51,7 @@ def server(library):
     """The application on a free port, in a thread; yields its address."""
     import uvicorn
 
-    socket = listen(0)
+    socket = listen(HOST, 0)
     server = uvicorn.Server(uvicorn.Config(create_app(library), log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
@@ -162,10 +163,10 @@ def test_a_trace_that_fails_says_why(library):
 
 
 def test_ports_that_are_taken_are_refused():
-    with contextlib.closing(listen(0)) as taken:
+    with contextlib.closing(listen(HOST, 0)) as taken:
         taken.listen()
-        with pytest.raises(UserError, match="--port 0"):
-            listen(taken.getsockname()[1])
+        with pytest.raises(UserError, match="0 takes a free one"):
+            listen(HOST, taken.getsockname()[1])
 
 
 def test_the_whole_path_in_a_browser(browser, server, library):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.data import DataError, hash_point, part_of, read_rows, split_rows, write_rows
+from shared.data import DataError, hash_point, part_of, raw_rows, read_rows, split_rows, write_rows
 from shared.errors import UserError
 
 
@@ -61,7 +61,7 @@ def test_csv_cells_are_read_as_the_field_types(tmp_path):
         ('{"name": "x", "score": 1}\n{"name": "y"', "line 2: not JSON"),
         ('{"name": "x", "score": NaN}\n', "line 1: not JSON: NaN"),
         ('{"name": "x", "score": 1}\n\n[1]\n', "line 3: a row is a JSON object"),
-        ('{"name": "x"}\n', "line 1: missing key 'score'"),
+        ('{"name": "x"}\n', "line 1: no column 'score'; there are 'name'"),
         ('{"name": "x", "score": "1"}\n', "line 1: 'score' must be float"),
         (
             '{"name": "x", "score": 1, "scroe": 2}\n',
@@ -106,6 +106,39 @@ def test_columns_can_be_renamed_and_dropped(tmp_path):
     assert read_rows(file, Row, columns={"name": "prompt"}, drop_extra=True) == [Row("x", 1.0)]
     with pytest.raises(DataError, match="columns names no field of Row: nmae"):
         read_rows(file, Row, columns={"nmae": "prompt"})
+
+
+def test_a_column_that_is_named_must_be_there(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"name": "x", "score": 1}\n{"name": "y", "score": 1, "n": 2}\n')
+    assert [row.count for row in read_rows(file, Row, columns={"count": "n"})] == [None, 2]
+    with pytest.raises(DataError, match=r"no row up to .*line 2 has the column 'm' that was named"):
+        read_rows(file, Row, columns={"count": "m"}, drop_extra=True)
+    with pytest.raises(DataError, match=r"line 1: no column 'who'; there are 'name', 'score': rename one"):
+        read_rows(file, Row, columns={"name": "who"}, drop_extra=True)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.json"])
+def test_text_that_is_not_utf8_names_its_line(tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes((b"name,score" if name == "rows.csv" else b"") + b"\n\nname,caf\xe9\n")
+    with pytest.raises(DataError, match=r"line 3: not UTF-8 .*save the file as UTF-8"):
+        list(raw_rows(file, Row))
+
+
+def test_half_a_character_is_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"name": "\\ud83d\\ude00 \\\\ud83d", "score": 1}\n{"name": "\\ud83d", "score": 1}\n')
+    with pytest.raises(DataError, match=r"line 2: not JSON: half of a character, \\ud83d"):
+        read_rows(file, Row)
+    file.write_text(file.read_text().splitlines()[0])
+    assert read_rows(file, Row) == [Row("\U0001f600 \\ud83d", 1.0)]
+
+
+def test_lines_may_end_in_carriage_returns(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b'name,score\rx,1\r"two\rlines",2\ry,3\r')
+    assert [row.name for row in read_rows(file, Row)] == ["x", "two\rlines", "y"]
 
 
 def test_what_is_no_data_is_refused(tmp_path):
@@ -194,7 +227,7 @@ def test_a_list_of_objects_in_one_json_file(tmp_path):
     for text, message in [
         ('{"name": "x"}', "rows are a list of objects, got dict"),
         ('[{"name": "x", "score": 1}, 3]', "row 2: a row is a JSON object, got int"),
-        ('[{"name": "x"}]', "row 1: missing key 'score'"),
+        ('[{"name": "x"}]', "row 1: no column 'score'"),
         ('[{"name": "x", "score": NaN}]', "not JSON: NaN"),
     ]:
         file.write_text(text)

@@ -22,14 +22,16 @@ class ConfigError(UserError):
     """A configuration that does not fit its dataclass; the message names the key."""
 
 
-def to_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build `cls` from `values`; `where` is the dotted name that errors start with. Raises ConfigError."""
+def to_dataclass(cls: type[T], values: Any, where: str = "") -> T:
+    """Build `cls` from the mapping `values`; `where` is the dotted name that errors start with. Raises ConfigError."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or cls.__name__}: keys and values are wanted, got {type(values).__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
             raise ConfigError(unknown_key(str(key), list(fields), where))
     hints = get_type_hints(cls)
-    missing = [name for name, field in fields.items() if name not in values and _required(field)]
+    missing = [name for name, field in fields.items() if name not in values and required(field)]
     if missing:
         raise ConfigError(f"missing key {', '.join(repr(_join(where, name)) for name in missing)}")
     converted = {key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()}
@@ -46,7 +48,8 @@ def unknown_key(key: str, allowed: Sequence[str], where: str = "", near: str | N
     return f"unknown key {_join(where, key)!r}{hint}; allowed: {', '.join(sorted(allowed)) or 'none'}"
 
 
-def _required(field: dataclasses.Field) -> bool:
+def required(field: dataclasses.Field) -> bool:
+    """Whether a dataclass field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 

@@ -12,15 +12,17 @@ a group where a group key is given) always land on one side.
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from shared.config import ConfigError, to_dataclass
+from shared.config import ConfigError, required, to_dataclass
 from shared.errors import UserError
 from shared.serialize import atomic_path, plain
 
@@ -84,11 +86,19 @@ def iter_typed_rows(
 ) -> Iterator[Row]:
     """`typed_rows` one row at a time, for sources too long to hold."""
     names = _columns(row_type, columns)
+    needed = [one.name for one in dataclasses.fields(cast(Any, row_type)) if required(one)]
+    unseen, where = set((columns or {}).values()), ""
     for where, values in raw:
+        unseen -= set(values)
         extra = set(values) - set(names.values())
         if extra and not drop_extra:
             raise DataError(
                 f"{where}: unexpected column {', '.join(map(repr, sorted(extra)))}; {_described(row_type)}"
+            )
+        if absent := [names[field] for field in needed if names[field] not in values]:
+            raise DataError(
+                f"{where}: no column {', '.join(map(repr, absent))}; there are {', '.join(map(repr, values))}: "
+                "rename one, or say which it is"
             )
         chosen = {field: values[column] for field, column in names.items() if column in values}
         try:
@@ -96,6 +106,10 @@ def iter_typed_rows(
         except (ConfigError, DataError) as error:
             raise DataError(f"{where}: {error}") from error
         yield row
+    if where and unseen:
+        raise DataError(
+            f"no row up to {where} has the column {', '.join(map(repr, sorted(unseen)))} that was named"
+        )
 
 
 def write_rows(path: Path | str, rows: Iterable[object]) -> None:
@@ -174,24 +188,36 @@ def _raw_rows(
     raise DataError(f"{path}: unknown format {path.suffix!r}; expected {FORMATS}")
 
 
-def _from_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, their ends kept; DataError names the line that is not UTF-8."""
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
             try:
-                values = json.loads(line, parse_constant=_no_constant)
-            except ValueError as error:
-                raise DataError(f"{where}: not JSON: {error}") from error
-            if not isinstance(values, dict):
-                raise DataError(f"{where}: a row is a JSON object, got {type(values).__name__}")
-            yield where, values
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason}): save the file as UTF-8"
+                ) from None
+            yield from io.StringIO(text, newline="")  # a line may end in a carriage return, too
+
+
+def _from_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            values = _from_text(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{where}: a row is a JSON object, got {type(values).__name__}")
+        yield where, values
 
 
 def _from_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_constant)
+        rows = _from_text("".join(_lines(path)))
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(rows, list):
@@ -202,32 +228,37 @@ def _from_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, row {number}", values
 
 
+def _from_text(text: str) -> Any:
+    """The JSON value of a text; ValueError where it is none, or holds half a character that nothing could write."""
+    value = json.loads(text, parse_constant=_no_constant)
+    if "\\ud" in text.lower() and (
+        half := re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False))
+    ):
+        raise ValueError(f"half of a character, \\u{ord(half[0]):04x}, without its other half")
+    return value
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
 def _from_csv(path: Path, hints: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    reader = csv.reader(_lines(path), strict=True)
+    where = f"{path}, line 1"
+    try:
         header = next(reader, None)
         if not header or len(set(header)) < len(header):
-            raise DataError(f"{path}, line 1: the header must name every column once, got {header}")
-        while True:
-            where = f"{path}, line {reader.line_num + 1}"
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                raise DataError(f"{where}: {error}") from error
-            if cells is None:
-                return
-            if not cells:
-                continue
-            if len(cells) != len(header):
+            raise DataError(f"{where}: the header must name every column once, got {header}")
+        where = f"{path}, line {reader.line_num + 1}"
+        for cells in reader:
+            if len(cells) not in (0, len(header)):
                 raise DataError(f"{where}: {len(cells)} cells under {len(header)} columns")
-            yield (
-                where,
-                {name: _cell(hints.get(name, str), cell, name, where) for name, cell in zip(header, cells)},
-            )
+            if cells:
+                named = zip(header, cells, strict=True)
+                yield where, {name: _cell(hints.get(name, str), cell, name, where) for name, cell in named}
+            where = f"{path}, line {reader.line_num + 1}"
+    except csv.Error as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _cell(hint: Any, cell: str, column: str, where: str) -> Any:

@@ -5,7 +5,7 @@
     python -m shared.run -m pipeline=circuit_tracing run.seed=0,1 hydra/launcher=joblib
 
 This is the only module that knows Hydra. The defaults of a pipeline are those of its dataclass; `--cfg job` prints all.
-A user's error (shared.errors.UserError, or a configuration that does not compose) is one line and exit status 2.
+What is the user's to mend (shared.errors.told, or a configuration that does not compose) is one line and status 2.
 """
 
 import os
@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared.allocator import keep_freed_memory
 from shared.config import ConfigError, to_dataclass, unknown_key
-from shared.errors import UserError
+from shared.errors import UserError, told
 from shared.models import ModelConfig
 from shared.runs import Pipeline, start_run
 from shared.serialize import plain
@@ -79,7 +79,7 @@ def task(config: DictConfig) -> None:
     """`execute`, for Hydra: in a sweep its launcher reports the error, which belongs to one job of many."""
     try:
         execute(config)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         _fail(error)
@@ -136,18 +136,20 @@ def main() -> None:
     try:
         register_defaults()
         hydra.main(version_base="1.3", config_path=str(configuration_folder()), config_name="config")(task)()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, OSError, HydraException, OmegaConfBaseException) as error:
         _fail(error)
 
 
-def _fail(error: BaseException) -> NoReturn:
+def _fail(error: Exception) -> NoReturn:
+    if isinstance(error, OSError) and told(error) is None:
+        raise error
     print(f"error: {_one_line(error)}", file=sys.stderr)
     sys.exit(2)
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: Exception) -> str:
     """The message without Hydra's layout; a composition error's cause says what was wrong."""
-    parts = [str(error)]
+    parts = [told(error) or str(error)]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         parts.append(str(error.__cause__))
     return " ".join(" ".join(parts).split()).partition(" Config search path:")[0]

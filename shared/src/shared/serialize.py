@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shared.errors import UserError
+
 
 def plain(value: Any) -> Any:
     """`value` as JSON types: dataclasses, enums, paths, numpy and torch values; nan and infinities become null."""
@@ -65,6 +67,13 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
+class DamagedFileError(UserError, ValueError):
+    """A file that does not hold what its name promises; the message says which and why."""
+
+
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What `write_json` wrote; DamagedFileError when the file is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is not JSON: {error}") from error

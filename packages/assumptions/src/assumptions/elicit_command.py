@@ -30,6 +30,7 @@ from assumptions.instruments import Instrument, instrument
 from assumptions.reliability import Measurement, orders, reliability, retests
 from assumptions.settings import AssumptionProbingConfig, JudgeSettings
 from assumptions.token_scores import TokenScores, expected_scores
+from shared.commands import output_folder
 from shared.errors import UserError
 from shared.generation import Generator, HFGenerator, OpenAIGenerator, VLLMGenerator
 from shared.models import Model, ModelConfig, load
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="messages: .csv, .jsonl, .json or a saved dataset"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder of the results")
     parser.add_argument(
         "--column", action="append", default=[], metavar="NAME=COLUMN", help="text=prompt, id=key ..."
     )

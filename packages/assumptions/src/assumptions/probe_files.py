@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,24 +44,37 @@ def save_probes(folder: Path, probe_set: ProbeSet) -> Path:
 
 def load_probes(folder: Path, model: Model | None = None) -> ProbeSet:
     """Read probes; with a model, UserError when they were fitted on other weights, another width or template."""
-    card_path = folder / "probes.json"
-    if not card_path.exists():
-        raise UserError(f"{folder} holds no probes.json; give a folder written by save_probes")
-    card = read_json(card_path)
-    if card["format"] != FORMAT:
-        raise UserError(
-            f"{card_path} has format {card['format']}, this version reads {FORMAT}: fit the probes anew"
-        )
-    tensors = load_file(folder / "probes.safetensors")
-    if model is not None:
-        _check_model(folder, card, tensors, model)
-    probes = {name: _probe(name, row, tensors) for name, row in card["probes"].items()}
-    identity = {name: card[name] for name in _IDENTITY}
-    loaded = ProbeSet(probes, trained_on=tuple(card["trained_on"]), **identity)
-    for name in ("weights_hash", "data_hash"):
-        if getattr(loaded, name) != card[name]:
-            raise UserError(f"{folder}: {name} is not what the card states; the files do not belong together")
+    card, tensors = _read(folder)
+    try:
+        if model is not None:
+            _check_model(folder, card, tensors, model)
+        probes = {name: _probe(name, row, tensors) for name, row in card["probes"].items()}
+        identity = {name: card[name] for name in _IDENTITY}
+        loaded = ProbeSet(probes, trained_on=tuple(card["trained_on"]), **identity)
+        for name in ("weights_hash", "data_hash"):
+            if getattr(loaded, name) != card[name]:
+                raise UserError(
+                    f"{folder}: {name} is not what the card states; the files do not belong together"
+                )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder} holds a damaged probes.json ({error!r}): fit the probes anew") from error
     return loaded
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The card and the tensors."""
+    card_path, path = folder / "probes.json", folder / "probes.safetensors"
+    for file in (card_path, path):
+        if not file.is_file():
+            raise UserError(f"{folder} holds no {file.name}; give a folder that `assumptions probe` wrote")
+    card = read_json(card_path)
+    written = card.get("format") if isinstance(card, dict) else None
+    if written != FORMAT:
+        raise UserError(f"{card_path} has format {written}, this version reads {FORMAT}: fit the probes anew")
+    try:
+        return card, load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): fit the probes anew") from error
 
 
 def _check_model(folder: Path, card: dict[str, Any], tensors: dict[str, Tensor], model: Model) -> None:

@@ -12,7 +12,6 @@ elsewhere can reach it by a name that points here), and takes only what is calle
 cannot send unasked (FastAPI's `strict_content_type`, from 0.132 on).
 """
 
-import socket
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -26,18 +25,6 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 HOSTS = [HOST, "localhost"]
-
-
-def listen(port: int) -> socket.socket:
-    """Return a socket bound to the loopback address; UserError where the port is taken."""
-    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((HOST, port))
-    except (OSError, OverflowError) as error:
-        bound.close()
-        raise UserError(f"cannot listen on port {port}: {error}; --port 0 takes a free one") from error
-    return bound
 
 
 def create_app(library: Library) -> "FastAPI":

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 
 from preft.adapter_config import AdapterError
+from shared.commands import output_folder
 from shared.tokens import Phase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "convert", help="peft <-> preft, pyreft -> preft, strict or not, another float type"
     )
     convert.add_argument("source")
-    convert.add_argument("target", help="a folder that is not there yet")
+    convert.add_argument("target", type=output_folder, help="a folder that is not there yet")
     convert.add_argument("--to", choices=("preft", "peft"), default="preft")
     convert.add_argument(
         "--phase", type=Phase, choices=list(Phase), help="for a peft folder, which states none"

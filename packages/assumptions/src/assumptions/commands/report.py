@@ -5,11 +5,13 @@ import shutil
 import webbrowser
 from pathlib import Path
 
+from shared.commands import output_file
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `assumptions report`."""
     parser.add_argument("study", type=Path, help="folder of a study, however far it has come")
-    parser.add_argument("--out", type=Path, help="copy the page there; it needs no other file")
+    parser.add_argument("--out", type=output_file, help="copy the page there; it needs no other file")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
 
 

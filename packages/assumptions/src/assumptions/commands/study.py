@@ -17,7 +17,7 @@ from assumptions.instruments import instrument
 from assumptions.pipeline import PIPELINE, Step
 from assumptions.pipeline import run as run_pipeline
 from assumptions.settings import AssumptionProbingConfig
-from shared.config import to_dataclass
+from shared.config import ConfigError, to_dataclass
 from shared.errors import UserError
 from shared.models import ModelConfig
 from shared.runs import start_run
@@ -46,8 +46,8 @@ def load_study(folder: Path) -> Study:
         )
     try:
         return to_dataclass(Study, read_json(path))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    except ConfigError as error:
+        raise UserError(f"{path} is no study of this version: {error}; begin another folder") from None
 
 
 def begin(folder: Path, study: Study, fingerprint: str) -> None:

@@ -7,10 +7,10 @@ assumptions data elephant_oeq OEQ.csv --out chats.jsonl      its last user messa
 import argparse
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from assumptions.corpora.loading import load_corpus
 from assumptions.corpora.registry import CORPORA, corpus
+from shared.commands import output_file
 from shared.data import write_rows
 from shared.tokens import Message
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--part", help="one of the files of a set that has several")
     parser.add_argument("--limit", type=int, help="at most so many items")
-    parser.add_argument("--out", type=Path, help="write the chats here (JSON lines)")
+    parser.add_argument("--out", type=output_file, help="write the chats here (JSON lines)")
 
 
 def main(arguments: argparse.Namespace) -> int:

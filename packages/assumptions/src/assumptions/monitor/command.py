@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from assumptions.monitor.server import LOOPBACK
+from shared.commands import output_folder
 from shared.errors import UserError
+from shared.listening import listen
 from shared.models import ModelConfig
 
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--instrument", help="what the model is asked with; default: what labelled the probes"
     )
     parser.add_argument(
-        "--sessions", type=Path, default=Path("runs/monitor"), help="where transcripts are kept"
+        "--sessions", type=output_folder, default="runs/monitor", help="where transcripts are kept"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; there is no log-in")
     parser.add_argument("--port", type=int, default=8760, help="0 takes any that is free")
@@ -72,18 +74,6 @@ def chosen(arguments: argparse.Namespace) -> tuple[ModelConfig, Path | None, Pat
     directions = directions or (own if study.last == "steer" and own.is_dir() else None)
     config = study.model if arguments.model is None else replace(study.model, name=name)
     return config, probes or arguments.study / "probes", directions
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket on the address, taken before anything is loaded; UserError when it cannot be had."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): give another --port") from None
-    return listener
 
 
 def serve(app: object, listener: socket.socket) -> None:

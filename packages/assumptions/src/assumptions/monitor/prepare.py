@@ -47,10 +47,11 @@ def prepare(
             "the monitor reads a model through its probes: give --probes FOLDER, which `assumptions probe` writes; "
             "only the embedded model (--model tinyworld) needs none"
         )
-    for folder in (probes, directions):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{folder} is no folder")
     asked = instrument(instrument_name) if instrument_name else None
+    if probes is not None:
+        load_probes(probes)
+    if directions is not None:
+        direction_folders(directions)
     model = load(config)
     fitted = load_probes(probes, model) if probes is not None else embedded_probes(model)
     asked = asked or instrument("tinyworld_nine" if embedded else labelling(fitted))
@@ -77,18 +78,23 @@ def embedded_probes(model: Model, turns: int = TURNS) -> ProbeSet:
 def load_directions(folder: Path, model: Model) -> dict[str, list[Add]]:
     """The edits of one SD by dimension, from `folder`/DIMENSION/interventions.json as the study writes them."""
     found: dict[str, list[Add]] = {}
-    for path in sorted(folder.glob("*/interventions.json")):
-        name = dimension(path.parent.name).name
-        edits = load_interventions(path.parent, model)
+    for name, path in direction_folders(folder).items():
+        edits = load_interventions(path, model)
         adds = [one for one in edits if isinstance(one, Add)]
         if len(adds) != len(edits):
-            raise UserError(f"{path.parent}: only directions that are added can be scaled by a slider")
+            raise UserError(f"{path}: only directions that are added can be scaled by a slider")
         found[name] = adds
-    if not found:
+    return found
+
+
+def direction_folders(folder: Path) -> dict[str, Path]:
+    """The folders of saved interventions by dimension; UserError when there are none."""
+    paths = sorted(path.parent for path in folder.glob("*/interventions.json"))
+    if not paths:
         raise UserError(
             f"{folder} holds no directions: one folder a dimension, with interventions.json, is wanted"
         )
-    return found
+    return {dimension(path.name).name: path for path in paths}
 
 
 def _embedded_talk() -> Talk:

@@ -16,6 +16,7 @@ from assumptions.words.clusters import Clustering, cluster
 from assumptions.words.contrast import contrast
 from assumptions.words.documents import Response, responses_of
 from assumptions.words.ngrams import ngram_shares
+from shared.commands import output_file
 from shared.errors import UserError
 from shared.report import Report
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `assumptions words`."""
     parser.add_argument("answers", type=Path, help="answers.jsonl of an open-ended instrument")
     parser.add_argument("--against", type=Path, help="answers about another data set, for the contrast")
-    parser.add_argument("--out", type=Path, required=True, help="the page (HTML)")
+    parser.add_argument("--out", type=output_file, required=True, help="the page (HTML)")
     parser.add_argument("--clusters", type=int, help="number of clusters; chosen by silhouette without it")
     parser.add_argument("--top", type=int, default=30, help="rows a table")
 
@@ -32,12 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Write the page."""
     said = _responses(arguments.answers)
+    others = _responses(arguments.against) if arguments.against is not None else []
     page = Report(f"Assumptions in {arguments.answers}")
     page.text(f"{len(said)} responses with {sum(len(one.assumptions) for one in said)} assumptions.")
     for n, title in ((1, "Words (stop words dropped)"), (2, "Word pairs (stop words kept)")):
         page.table([asdict(row) for row in ngram_shares(said, n, arguments.top)], title)
-    if arguments.against is not None:
-        rows = contrast(said, _responses(arguments.against))
+    if others:
+        rows = contrast(said, others)
         marked = [asdict(row) for row in rows if row.marked]
         shown = (
             marked if len(marked) <= 2 * arguments.top else marked[: arguments.top] + marked[-arguments.top :]
@@ -63,7 +65,9 @@ def _responses(path: Path) -> list[Response]:
     if not path.is_file():
         raise UserError(f"{path} is no file of answers: give the answers.jsonl of `assumptions elicit`")
     header, records = read(path)
-    name, _, version = str(header.get("instrument", "")).rpartition("-v")
+    if "instrument" not in header:
+        raise UserError(f"{path} is no file of answers: its first line names no instrument")
+    name, _, version = str(header["instrument"]).rpartition("-v")
     asked = instrument(name)
     if version != str(asked.version):
         raise UserError(

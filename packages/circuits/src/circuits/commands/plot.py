@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.commands import output_file
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="a run (with metrics.json), or the folder of a sweep")
     add("--metric", help="of a sweep: dotted name, such as faithfulness.nounpp.relp.200")
-    add("--out", type=Path, required=True, metavar="FILE", help=f"the picture: {', '.join(SUFFIXES)}")
+    add("--out", type=output_file, required=True, metavar="FILE", help=f"the picture: {', '.join(SUFFIXES)}")
 
 
 def main(arguments: Namespace) -> int:

@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.commands import output_folder
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-nodes", type=int, default=300, help="most neurons (default: %(default)s)")
     add("--max-edges", type=int, default=3000, help="most edges (default: %(default)s)")
     add("--supernodes", type=Path, metavar="FILE", help="supernodes.json of another graph of this model")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where the graph and its page go")
+    add("--out", type=output_folder, required=True, metavar="FOLDER", help="where the graph and its page go")
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = "tinyworld", name: bool = True) -> None:
@@ -91,7 +92,7 @@ def check(arguments: Namespace) -> None:
     if arguments.supernodes and not arguments.supernodes.is_file():
         raise UserError(f"--supernodes {arguments.supernodes}: no such file")
     out: Path = arguments.out
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "graph.json").exists()):
+    if out.is_dir() and any(out.iterdir()) and not (out / "graph.json").exists():
         raise UserError(f"--out {out} holds something other than a graph; give a new folder")
 
 

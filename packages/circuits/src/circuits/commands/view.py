@@ -20,7 +20,8 @@ def main(arguments: Namespace) -> int:
     """Serve until Ctrl-C."""
     import uvicorn
 
-    from circuits.serve import HOST, Library, create_app, listen
+    from circuits.serve import HOST, Library, create_app
+    from shared.listening import listen
     from shared.models import ModelConfig
 
     if not arguments.folder.is_dir():
@@ -29,7 +30,7 @@ def main(arguments: Namespace) -> int:
     library = Library(arguments.folder, config)
     if not library.graphs() and not arguments.model:
         raise UserError(f"{arguments.folder} holds no graph; trace one, or give --model to trace here")
-    socket = listen(arguments.port)
+    socket = listen(HOST, arguments.port)
     print(f"{len(library.graphs())} graphs at http://{HOST}:{socket.getsockname()[1]}/ (Ctrl-C ends)")
     server = uvicorn.Server(uvicorn.Config(create_app(library), log_level="warning"))
     server.run(sockets=[socket])

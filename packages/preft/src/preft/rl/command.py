@@ -11,11 +11,12 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from preft.rl.config import CHOICES, GRPOConfig
+from shared.commands import output_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--out", required=True, help="run folder")
+    parser.add_argument("--out", required=True, type=output_folder, help="run folder")
     parser.add_argument(
         "--model", default="tinyworld", help="name, folder or Hugging Face id (default: tinyworld)"
     )

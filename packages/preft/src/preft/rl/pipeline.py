@@ -142,6 +142,8 @@ def judge(
 def run_pipeline(config: AdapterRLConfig, model_config: ModelConfig, run: Run) -> dict[str, Any]:
     """Run the pipeline in its folder; returns held-out rewards before and after, the curve's ends, and agreement."""
     config = replace(config, grpo=replace(config.grpo, seed=config.grpo.seed + run.seed))
+    for split in ("train", "test"):
+        config.rows(split, run.seed)  # a fault in a file is told before the model is loaded
     model = run.use_model(load(model_config))
     stage = run.stage("rl.json")
     if not stage.done:

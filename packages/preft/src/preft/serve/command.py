@@ -7,7 +7,6 @@ so those win over the defaults here.
 import argparse
 import os
 import re
-import socket
 import sys
 import tempfile
 from argparse import Namespace
@@ -26,6 +25,7 @@ from preft.serve.endpoint import NAME as PLUGIN
 from preft.serve.store import Store
 from preft.vllm.identity import CONFIG_FILE, holds_interventions
 from preft.vllm.requests import folders_in, holds_adapter
+from shared.commands import output_folder
 from shared.errors import UserError
 from shared.generation.vllm_arguments import (
     CPU_KV_CACHE_BYTES,
@@ -33,6 +33,7 @@ from shared.generation.vllm_arguments import (
     lora_rank,
     model_folder,
 )
+from shared.listening import listen
 from shared.models import ModelConfig
 
 API_KEY = "PREFT_API_KEY"
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help="adapters to serve from the start; FOLDER alone serves every adapter in it under its folder's name",
     )
-    add("--store", help=f"folder that keeps uploads (default: {DEFAULT_STORE}/MODEL)")
+    add("--store", type=output_folder, help=f"folder that keeps uploads (default: {DEFAULT_STORE}/MODEL)")
     add("--allow-local-paths", metavar="FOLDER", help="let clients name adapter folders below FOLDER")
     add("--max-upload-mb", type=float, default=1024, help="largest upload in MiB (default: %(default)s)")
     add("--max-lora-rank", type=int, help=f"highest rank (default: of --adapters, at least {SMALLEST_RANK})")
@@ -78,7 +79,7 @@ def main(arguments: Namespace) -> int:
     """Serve until SIGTERM or SIGINT; returns 0 after an orderly end."""
     given = adapter_folders(arguments.adapters)
     _check_installed()
-    _check_port(arguments.host, arguments.port)
+    listen(arguments.host, arguments.port).close()  # said before the model is loaded
     if api_key := arguments.api_key or os.environ.get(API_KEY):
         os.environ["VLLM_API_KEY"] = api_key  # not among vLLM's arguments, which it logs
     with (
@@ -207,19 +208,6 @@ def _machine_options() -> list[str]:
     memory = ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)]
     cache = [] if os.environ.get("VLLM_CPU_KVCACHE_SPACE") else memory
     return ["--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni", *cache]
-
-
-def _check_port(host: str, port: int) -> None:
-    """UserError if the server could not listen there, said before the model is loaded."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            raise UserError(
-                f"cannot listen on {host}:{port} ({error.strerror}); give another --port"
-            ) from error
 
 
 def _check_installed() -> None:

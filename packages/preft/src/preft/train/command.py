@@ -9,13 +9,13 @@ import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from preft.adapters import AdapterConfig, AdapterError
 from preft.options import add_options, from_options
 from preft.train.config import TrainConfig
 from preft.train.data import SOURCES, TINYWORLD, DataRow, read_data
+from shared.commands import output_folder
 from shared.models import ModelConfig
 from shared.tokens import Message
 
@@ -39,7 +39,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="tinyworld, random:FAMILY, a folder or a Hugging Face id"
     )
     parser.add_argument(
-        "--out", required=True, type=Path, help="folder of the run; the same again resumes it"
+        "--out", required=True, type=output_folder, help="folder of the run; the same again resumes it"
     )
     parser.add_argument(
         "--columns", default="", metavar="messages=NAME", help="names of the columns, where they differ"
