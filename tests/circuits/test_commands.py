@@ -8,6 +8,7 @@ import pytest
 
 from circuits.cli import COMMANDS, main
 from circuits.folder import open_folder
+from circuits.graph import ATTN_BIAS, EMBEDDING, NEURON
 from shared.serialize import plain
 
 MODEL = "random:qwen2"
@@ -24,7 +25,9 @@ def traced(tmp_path_factory):
 def test_trace_writes_graph_page_and_effects(traced, capsys, tmp_path):
     content = open_folder(traced)
     assert len(content.graph.neurons()) == 15
-    assert len(content.effects) == 15
+    kinds = [int(content.graph.kind_n[row["nodes"]][0]) for row in content.effects]
+    assert kinds.count(NEURON) == 15
+    assert {EMBEDDING, ATTN_BIAS} <= set(kinds)
     assert (traced / "index.html").read_text().startswith("<!doctype html>")
     supernodes = {
         "supernodes": [{"label": "two", "nodes": [[*place, 0] for place in content.graph.strongest(2)]}]

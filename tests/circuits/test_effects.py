@@ -1,12 +1,14 @@
 """What scaling does, against one ordinary edit of the model at a time."""
 
 import dataclasses
+from copy import deepcopy
 
 import pytest
 import torch
 
 from circuits.effects import FACTORS, outcomes, precompute, target_values
-from circuits.graph import EMBEDDING, NEURON, GraphError
+from circuits.graph import ATTN_BIAS, EMBEDDING, LOGIT, MLP_BIAS, NEURON, POSITION, GraphError
+from circuits.merge import mean_graph
 from circuits.steering import Node, scale_nodes
 from circuits.tracing import trace
 from shared.hooks import edit
@@ -50,6 +52,55 @@ def test_a_batch_of_cases_equals_one_edit_each(model, graph):
         assert found["top"][0]["probability"] == pytest.approx(float(probability))
 
 
+def of_kind(graph, kind, layer=None):
+    chosen = (graph.kind_n == kind) & (True if layer is None else graph.layer_n == layer)
+    return chosen.nonzero()[:, 0].tolist()
+
+
+@pytest.fixture(scope="module")
+def biased():
+    """A family with learned positions and biases everywhere, and one with biases of the values alone."""
+    models = [load(ModelConfig(f"random:{family}", dtype="float64")) for family in ("gpt2", "qwen2")]
+    return {
+        model.architecture.family: (model, trace(model, PROMPT, top_k=3, max_nodes=8)) for model in models
+    }
+
+
+@pytest.mark.parametrize("factor", [0.0, 2.0, -1.0])
+def test_tokens_positions_and_biases_scale_as_the_models_own_parameters_would(biased, factor):
+    """Against a copy of the model with the embedding, the position or the bias itself multiplied."""
+    gpt2, graph = biased["gpt2"]
+    layer, at = 1, 2
+    ids = torch.tensor([graph.header.token_ids])
+
+    def check(model, graph, nodes, logits_V):
+        assert nodes
+        (found,) = outcomes(model, graph, [(nodes, factor)])
+        after_K = target_values(graph, logits_V[None])[0]
+        before_K = torch.tensor(graph.header.target_values, dtype=after_K.dtype)
+        assert float((after_K - before_K).abs().max()) > 1e-6
+        torch.testing.assert_close(
+            torch.tensor(found["changes"], dtype=after_K.dtype), after_K - before_K, rtol=1e-8, atol=1e-9
+        )
+
+    with torch.no_grad():
+        embeds = gpt2.hf.get_input_embeddings()(ids)
+        embeds[0, at] *= factor
+        logits = gpt2.hf(inputs_embeds=embeds).logits[0, -1]
+        check(gpt2, graph, [of_kind(graph, EMBEDDING)[at]], logits)
+        copy = deepcopy(gpt2.hf)
+        copy.transformer.wpe.weight[at] *= factor
+        check(gpt2, graph, [of_kind(graph, POSITION)[at]], copy(ids).logits[0, -1])
+        copy.transformer.h[layer].mlp.c_proj.bias *= factor  # and the position with it: two kinds at once
+        both = [of_kind(graph, POSITION)[at], *of_kind(graph, MLP_BIAS, layer)]
+        check(gpt2, graph, both, copy(ids).logits[0, -1])
+        qwen2, graph = biased["qwen2"]
+        copy = deepcopy(qwen2.hf)
+        copy.model.layers[layer].self_attn.v_proj.bias *= factor
+        ids = torch.tensor([graph.header.token_ids])
+        check(qwen2, graph, of_kind(graph, ATTN_BIAS, layer), copy(ids).logits[0, -1])
+
+
 def test_more_cases_than_a_batch_takes(model, graph, monkeypatch):
     numbers = neuron_numbers(graph)
     cases = [([node], factor) for node in numbers for factor in FACTORS]
@@ -61,9 +112,11 @@ def test_more_cases_than_a_batch_takes(model, graph, monkeypatch):
 
 def test_strongest_neurons_and_groups_are_tried(model, graph):
     numbers = neuron_numbers(graph)
-    rows = precompute(model, graph, [numbers[2:4]], most=5)
+    rows = precompute(model, graph, [numbers[2:4]], most=5, most_others=2)
     strength = graph.total_nK.abs().sum(1)
     strongest = sorted(numbers, key=lambda node: -float(strength[node]))[:5]
+    tokens = (graph.kind_n == EMBEDDING).nonzero()[:, 0].tolist()
+    strongest += sorted(tokens, key=lambda node: -float(strength[node]))[:2]
     assert [row["nodes"] for row in rows] == [*([node] for node in strongest), numbers[2:4]]
     assert all(set(row["outcomes"]) == {"0", "-1", "2"} for row in rows)
 
@@ -80,9 +133,11 @@ def test_what_cannot_be_run_is_refused(model, graph):
     other = dataclasses.replace(graph, header=dataclasses.replace(graph.header, fingerprint="0" * 16))
     with pytest.raises(GraphError, match="give the model that it was traced on"):
         precompute(model, other)
-    token = (graph.kind_n == EMBEDDING).nonzero()[0].tolist()
-    with pytest.raises(GraphError, match="only neurons"):
-        outcomes(model, graph, [(token, 0.0)])
+    target = (graph.kind_n == LOGIT).nonzero()[0].tolist()
+    with pytest.raises(GraphError, match="nothing to scale"):
+        outcomes(model, graph, [(target, 0.0)])
+    with pytest.raises(GraphError, match="combines several"):
+        outcomes(model, mean_graph([graph, graph]), [([], 1.0)])
     direction = dataclasses.replace(graph, header=dataclasses.replace(graph.header, metric="direction"))
     with pytest.raises(GraphError, match="'direction'"):
         precompute(model, direction)

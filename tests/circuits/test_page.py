@@ -8,10 +8,11 @@ import torch
 
 from circuits.clusters import Stability
 from circuits.folder import GraphFolder, members_of, open_folder, with_effects
-from circuits.graph import LOGIT, NEURON
+from circuits.graph import KINDS, LOGIT, NEURON
+from circuits.merge import mean_graph
 from circuits.supernodes import Supernode, Supernodes, read_supernodes
 from circuits.tracing import trace
-from circuits.view import page, page_data, write_page
+from circuits.view import page, page_data, token_rows, write_page
 from shared.errors import UserError
 from shared.models import ModelConfig, load
 
@@ -283,8 +284,71 @@ def test_steering_shows_what_was_computed_beforehand(open_page, content):
     shown = open_page.text(".outcome li").replace("\u2212", "-")
     assert float(shown.split("\u2192")[1]) == pytest.approx(after, rel=0.01, abs=0.01)
     assert f"{100 * outcome['top'][0]['probability']:.0f}" in open_page.text(".outcome p")
-    open_page.evaluate("pick(nodes.find((node) => node.kind === 'embedding'))")
-    assert "IN THE MODEL" not in open_page.text("#panel").upper()
+    for kind in ("embedding", "position", "attn_bias", "mlp_bias"):
+        done = next(row for row in content.effects if KINDS[int(graph.kind_n[row["nodes"][0]])] == kind)
+        open_page.evaluate(f"pick(nodes[{done['nodes'][0]}])")
+        open_page.evaluate("[...document.querySelectorAll('#panel .row button')].at(-1).click()")
+        after = graph.header.target_values[0] + done["outcomes"]["2"]["changes"][0]
+        shown = open_page.text(".outcome li").replace("\u2212", "-")
+        assert float(shown.split("\u2192")[1]) == pytest.approx(after, rel=0.01, abs=0.01)
+    open_page.evaluate("pick(nodes.find((node) => node.kind === 'logit'))")
+    assert "nothing to scale" in open_page.text("#panel")
+
+
+def test_a_page_of_several_prompts_says_why_nothing_can_be_scaled(browser, content, tmp_path):
+    both = mean_graph([content.graph, content.graph])
+    with browser.open(write_page(both, tmp_path / "both.html")) as page:
+        page.evaluate("pick(ranked[0])")
+        assert "The graph combines several prompts" in page.text("#panel")
+        assert not page.errors
+
+
+def test_the_prompts_tokens_show_what_a_node_comes_from(open_page, content):
+    graph = content.graph
+    open_page.evaluate("foldAll(false)")
+    rows = "[...document.querySelectorAll('#panel [role=table] [role=row]')]"
+    for node in (graph.strongest_numbers(1)[0], len(graph) - 1):
+        open_page.evaluate(f"pick(nodes[{node}])")
+        cells = open_page.evaluate(f"{rows}.map((row) => [...row.children].map((one) => one.innerText))")
+        assert [word for word, _ in cells] == open_page.evaluate("header.tokens.map(word)")
+        figures = [float(value.replace("\u2212", "-")) for _, value in cells if value != "\u00b7"]
+        expected = [value for value in graph.token_nT[node].tolist() if value]
+        assert figures == pytest.approx(expected, rel=0.06, abs=0.0051)
+        rest = float(graph.activation_n[node] - graph.token_nT[node].sum())
+        told = open_page.evaluate("[...document.querySelectorAll('#panel dd')].map((one) => one.innerText)")
+        assert any(float(value) == pytest.approx(rest, rel=0.01, abs=0.006) for value in map(leading, told))
+    tree = open_page.accessibility()
+    assert any(node["role"] == "table" and node["name"] == "from tokens" for node in tree)
+    assert sum(node["role"] == "rowheader" for node in tree) == len(graph.header.tokens)
+    one = content.supernodes.supernodes[0]
+    open_page.evaluate("pick(supernodes[0])")
+    values = open_page.evaluate("tokenMap(supernodes[0]).values")
+    members = members_of(graph, one)
+    unit_m = graph.total_nK[members, 0] / graph.activation_n[members]
+    assert values == pytest.approx(
+        (graph.token_nT[members] * unit_m[:, None]).sum(0).tolist(), rel=1e-2, abs=1e-3
+    )
+
+
+def leading(text):
+    """The figure that a text begins with, or nan."""
+    found = re.match(r"[-+]?\d[\d.]*(e[-+]?\d+)?", text.replace("\u2212", "-"))
+    return float(found[0]) if found else float("nan")
+
+
+def test_long_prompts_show_their_strongest_tokens(content, monkeypatch):
+    monkeypatch.setattr("circuits.view.TOKENS", 3)
+    graph = content.graph
+    rows = token_rows(graph)
+    for node in range(len(graph)):
+        if graph.kind_n[node] not in (NEURON, LOGIT):
+            assert rows[node] == []
+            continue
+        *values, total = rows[node]
+        kept = graph.token_nT[node].abs().topk(3).indices.tolist()
+        assert [i for i, value in enumerate(values) if value] == sorted(kept)
+        assert values[kept[0]] == pytest.approx(float(graph.token_nT[node, kept[0]]), rel=1e-3)
+        assert total == pytest.approx(float(graph.token_nT[node].sum()))
 
 
 def test_everything_goes_by_keyboard_and_is_said(open_page):

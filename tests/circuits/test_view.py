@@ -80,15 +80,15 @@ def ask(address, body=None, headers=None):
 
 
 def test_live_edits_are_those_of_the_model(library, model, graph):
-    places = [list(place) for place in graph.strongest(3)]
+    places = [("neuron", *place) for place in graph.strongest(3)]
     found = library.scale("a folder/first", places, -2.0)
-    with edit(model, scale_nodes([Node(*place) for place in places], -2.0)):
+    with edit(model, scale_nodes([Node(*place) for _, *place in places], -2.0)):
         logits_V = model(model.encode([PROMPT]))[0, -1].detach()
     value_K = (logits_V[graph.header.target_ids] - logits_V.mean()).tolist()
     for change, value, before in zip(found["changes"], value_K, graph.header.target_values, strict=True):
         assert before + change == pytest.approx(value, abs=1e-4)
-    with pytest.raises(GraphError, match=r"no neuron \[0, 0, 99999\]"):
-        library.scale("a folder/first", [[0, 0, 99999]], 0.0)
+    with pytest.raises(GraphError, match=r"no node \['neuron', 0, 0, 99999\]"):
+        library.scale("a folder/first", [("neuron", 0, 0, 99999)], 0.0)
     with pytest.raises(GraphError, match="no graph 'other'"):
         library.scale("other", places, 0.0)
     with pytest.raises(UserError, match="no finite logits"):
@@ -146,7 +146,7 @@ def test_bad_requests_are_answered_in_one_line(server, library):
     assert (status, "no supernodes" in text) == (400, True)
     assert not list(library.root.rglob("supernodes.json"))[1:]
     assert ask(f"{name}/edit", {"nodes": "x", "factor": 0})[0] == 422
-    assert "no neuron" in ask(f"{name}/edit", {"nodes": [], "factor": 0})[1]
+    assert "no node" in ask(f"{name}/edit", {"nodes": [], "factor": 0})[1]
     assert ask(f"{server}/traces/7")[0] == 400
     assert "empty" in ask(f"{server}/traces", {"prompt": " "})[1]
     assert ask(server, headers={"Host": "elsewhere.example"})[0] == 400
@@ -182,10 +182,18 @@ def test_the_whole_path_in_a_browser(browser, server, library):
         page.evaluate("document.querySelector('#panel span.row button').click()")
         page.wait_for("!document.querySelector('.outcome').innerText.startsWith('running')")
         assert page.evaluate("document.querySelector('.outcome p') !== null"), page.text(".outcome")
-        place = page.evaluate("[ranked[0].layer, ranked[0].position, ranked[0].index]")
-        found = library.scale("four-five", [place], -3.0)
+        place = page.evaluate("['neuron', ranked[0].layer, ranked[0].position, ranked[0].index]")
+        found = library.scale("four-five", [tuple(place)], -3.0)
         value = page.evaluate("header.target_values[0]") + found["changes"][0]
         shown = page.text(".outcome li").replace("\u2212", "-").split("\u2192")[1]
+        assert float(shown) == pytest.approx(value, rel=0.02, abs=0.006)
+        page.evaluate("pick(nodes.find((node) => node.kind === 'embedding'))")
+        page.evaluate("document.querySelector('#panel input[type=number]').value = '4'")
+        page.evaluate("document.querySelector('#panel span.row button').click()")
+        page.wait_for("!document.querySelector('.outcome').innerText.startsWith('running')")
+        token = library.scale("four-five", [("embedding", -1, 0, 0)], 4.0)
+        shown = page.text(".outcome li").replace("\u2212", "-").split("\u2192")[1]
+        value = page.evaluate("header.target_values[0]") + token["changes"][0]
         assert float(shown) == pytest.approx(value, rel=0.02, abs=0.006)
         page.evaluate("group([ranked[0], ranked[1]])")
         page.click("#tab-groups")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from circuits.effects import Outcome, outcomes
 from circuits.folder import SUPERNODES, GraphFolder, graph_folders, open_folder, with_effects
-from circuits.graph import NEURON, Graph, GraphError, load_graph
+from circuits.graph import KINDS, Graph, GraphError, load_graph
 from circuits.supernodes import Supernodes, write_supernodes
 from circuits.tracing import trace
 from shared.config import ConfigError, to_dataclass
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DOTS = 120  # neurons in a thumbnail
+
+Place = tuple[str, int, int, int]  # kind, layer, position, index
 
 
 @dataclass
@@ -95,8 +97,8 @@ class Library:
         write_supernodes(self.folder(name) / SUPERNODES, found)
         return len(found.supernodes)
 
-    def scale(self, name: str, places: list[list[int]], factor: float) -> Outcome:
-        """Run the graph's prompt with the neurons [layer, position, neuron] multiplied by a factor."""
+    def scale(self, name: str, places: list[Place], factor: float) -> Outcome:
+        """Run the graph's prompt with the nodes at some places multiplied by a factor."""
         graph = self.open(name).graph
         numbers = node_numbers(graph, places)
         with self._lock:
@@ -160,15 +162,15 @@ class Library:
         return folder
 
 
-def node_numbers(graph: Graph, places: list[list[int]]) -> list[int]:
-    """Return the numbers of the neurons [layer, position, neuron]; GraphError names one that the graph lacks."""
-    columns = (graph.layer_n, graph.position_n, graph.index_n)
-    neurons = (graph.kind_n == NEURON).nonzero()[:, 0].tolist()
-    known = {tuple(int(column[number]) for column in columns): number for number in neurons}
-    missing = [place for place in places if tuple(place) not in known]
+def node_numbers(graph: Graph, places: list[Place]) -> list[int]:
+    """Return the numbers of the nodes at some places; GraphError names one that the graph lacks."""
+    columns = (graph.kind_n, graph.layer_n, graph.position_n, graph.index_n)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    known = {(KINDS[kind], *place): number for number, (kind, *place) in enumerate(rows)}
+    missing = [place for place in places if place not in known]
     if missing or not places:
-        raise GraphError(f"the graph has no neuron {missing[0]}" if missing else "no neuron was named")
-    return [known[tuple(place)] for place in places]
+        raise GraphError(f"the graph has no node {list(missing[0])}" if missing else "no node was named")
+    return [known[place] for place in places]
 
 
 def thumbnail(graph: Graph) -> list[list[float]]:

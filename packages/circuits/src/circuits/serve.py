@@ -2,7 +2,7 @@
 
     GET  /                              index with a thumbnail of each graph, and a form for a new prompt
     GET  /graphs/NAME                   the page, live
-    POST /graphs/NAME/edit              {"nodes": [[layer, position, neuron]], "factor": x} -> Outcome
+    POST /graphs/NAME/edit              {"nodes": [[kind, layer, position, index]], "factor": x} -> Outcome
     POST /graphs/NAME/supernodes        the content of supernodes.json -> {"saved": n}
     POST /traces                        {"prompt": ..., "answer": ..., "wrong": ...} -> {"job": n}
     GET  /traces/N                      {"stage": ..., "name": ..., "error": ...}
@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
-from circuits.library import Library
+from circuits.library import Library, Place
 from circuits.view import asset, embedded, fill, page, palette, policy, script_of
 from shared.errors import UserError
 
@@ -58,7 +58,7 @@ def create_app(library: Library) -> "FastAPI":
 
     @app.post("/graphs/{name:path}/edit")
     def scale(
-        name: str, nodes: Annotated[list[list[int]], Body()], factor: Annotated[float, Body()]
+        name: str, nodes: Annotated[list[Place], Body()], factor: Annotated[float, Body()]
     ) -> dict[str, Any]:
         return dict(library.scale(name, nodes, factor))
 

@@ -17,7 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuits.graph import KINDS, Graph
+from circuits.effects import refusal
+from circuits.graph import KINDS, LOGIT, NEURON, Graph
 from shared.plots import PALETTE
 from shared.serialize import atomic_path, plain
 
@@ -34,7 +35,8 @@ SCRIPTS = (
     "groups.js",
     "main.js",
 )
-DIGITS = 6  # significant ones of an edge's weight in the page
+DIGITS, TOKEN_DIGITS = 6, 4  # significant ones of an edge's weight, and of a token's attribution, in the page
+TOKENS = 64  # of a long prompt, those that are shown beside a node
 
 
 def write_page(
@@ -78,6 +80,7 @@ def page(
 def page_data(graph: Graph) -> dict[str, Any]:
     """Return what the page shows as JSON types: the header, nodes, and edges as columns."""
     columns = {name: column.tolist() for name, column in graph.columns().items()}
+    tokens = token_rows(graph)
     nodes = [
         {
             "kind": KINDS[columns["kind_n"][node]],
@@ -90,12 +93,34 @@ def page_data(graph: Graph) -> dict[str, Any]:
             "remainder": columns["remainder_n"][node],
             "label": graph.label(node),
             "note": graph.header.notes.get(str(node), ""),
+            "tokens": tokens[node],
         }
         for node in range(len(graph))
     ]
-    weights = [float(f"{weight:.{DIGITS}g}") for weight in columns["weight_e"]]
+    weights = [rounded(weight, DIGITS) for weight in columns["weight_e"]]
     edges = {"source": columns["source_e"], "target": columns["target_e"], "weight": weights}
-    return {"header": plain(graph.header), "nodes": nodes, "edges": edges}
+    return {"header": plain(graph.header), "nodes": nodes, "edges": edges, "refusal": refusal(graph)}
+
+
+def token_rows(graph: Graph) -> list[list[float]]:
+    """Return the attribution of every neuron and target to the prompt's tokens, then that to all of them together.
+
+    The strongest TOKENS stand alone and the others are zero, so that long prompts do not make long pages; other nodes
+    have no row.
+    """
+    few = min(TOKENS, graph.token_nT.shape[1])
+    rest_nT = graph.token_nT.scatter(1, graph.token_nT.abs().topk(few).indices, 0.0)
+    rows = [*(graph.token_nT - rest_nT).tolist()]
+    sums, has = graph.token_nT.sum(1).tolist(), (graph.kind_n == NEURON) | (graph.kind_n == LOGIT)
+    return [
+        [rounded(value, TOKEN_DIGITS) for value in row] + [total] if mapped else []
+        for row, total, mapped in zip(rows, sums, has.tolist(), strict=True)
+    ]
+
+
+def rounded(value: float, digits: int) -> float:
+    """Return a number with some significant digits."""
+    return float(f"{value:.{digits}g}")
 
 
 def asset(name: str) -> str:

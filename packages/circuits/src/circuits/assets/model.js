@@ -53,6 +53,14 @@ function sentence(item, k) {
 const effect = (item, k) => (item.members ? sum([...item.members], (node) => node.total[k]) : item.total[k]);
 const strengthOf = (item) => (item.members ? sum([...item.members], (node) => node.strength) : item.strength);
 
+// How much of a neuron's activation, or of a target, each token gives (of a supernode: of its effect on target k).
+function tokenMap(item, k = state.target) {
+  const members = item.members ? [...item.members] : [item];
+  if (!members.every((node) => node.tokens.length)) return null;
+  const add = (at) => sum(members, (node) => node.tokens[at] * (item.members ? unit(node, k) : 1));
+  return { values: header.tokens.map((_, at) => add(at)), sum: add(header.tokens.length) };
+}
+
 // Strongest paths. `up` is a node's best chain of edges from an input, `down` its best chain to a target; a chain's
 // worth is the product, over its edges, of the part that the edge has in all that its target receives.
 function order() {

@@ -28,6 +28,23 @@ function list(lines, more) {
   return made;
 }
 
+// The prompt with each token's part of the thing: in colour, in figures, and as a table for those who hear it.
+function tokenTable(item) {
+  const map = tokenMap(item);
+  if (!map) return [];
+  const top = Math.max(1e-30, ...map.values.map(Math.abs));
+  const rows = map.values.map((value, position) => {
+    const cell = html("span", { textContent: value ? signed(value) : "\u00b7", aria: { role: "cell" } });
+    const name = html("span", { textContent: word(header.tokens[position]), aria: { role: "rowheader" } });
+    const row = html("span", { className: value < 0 ? "minus" : "plus", aria: { role: "row" } }, name, cell);
+    row.style.setProperty("--share", (Math.abs(value) / top).toFixed(3));
+    return row;
+  });
+  const title = item.members ? "from tokens, as flow to the target" : item.kind === "logit" ? "from tokens" : "its activation from tokens";
+  const rest = [["all tokens", signed(map.sum)], ...(item.members ? [] : [["biases and positions", signed(item.activation - map.sum)]])];
+  return [html("h3", { textContent: title }), html("div", { className: "tokens", aria: { role: "table", label: title } }, ...rows), facts(rest)];
+}
+
 function edgeList(title, links, end) {
   if (!links.length) return [];
   const most = links[0].share || 1;
@@ -50,6 +67,7 @@ function details() {
     html("h2", { textContent: nameOf(item) }),
     ...(item.note ? [html("p", { className: "words", textContent: item.note })] : []),
     facts(rows),
+    ...tokenTable(item),
     ...(item.members ? supernodeEditor(item) : memberActions(item)),
     ...steering(item, k),
     ...edgeList(item.members ? "from, as flow to the target" : "from", into, "source"),
@@ -86,12 +104,12 @@ const FACTORS = [["0", "ablate"], ["-1", "flip"], ["2", "double"]];
 const membersKey = (item) => (item.members ? [...item.members] : [item]).map((node) => node.id).sort((a, b) => a - b).join();
 const known = new Map(data.effects.map((one) => [[...one.nodes].sort((a, b) => a - b).join(), one.outcomes]));
 function steering(item) {
-  const parts = item.members ? [...item.members] : [item];
-  if (!parts.every((node) => node.kind === "neuron")) return [];
+  const heading = html("h3", { textContent: "in the model" });
+  const why = item.kind === "logit" ? "A target is what is read: there is nothing to scale." : data.refusal && `${data.refusal[0].toUpperCase()}${data.refusal.slice(1)}.`;
+  if (why) return [heading, html("p", { className: "words", textContent: why })];
   const outcomes = known.get(membersKey(item)), shown = html("div", { className: "outcome", aria: { live: "polite" } });
   const act = (factor) => (outcomes?.[factor] ? showOutcome(shown, outcomes[factor]) : steerLive(item, factor, shown));
   const buttons = FACTORS.filter(([factor]) => data.live || outcomes?.[factor]).map(([factor, name]) => button(`${name} \u00d7${tidy(factor)}`, () => act(factor)));
-  const heading = html("h3", { textContent: "in the model" });
   if (!buttons.length) return [heading, html("p", { className: "words", textContent: "Not computed beforehand for this one; `circuits view` computes it live." })];
   if (data.live) buttons.push(ownFactor((factor) => steerLive(item, factor, shown)));
   return [heading, html("div", { className: "row" }, ...buttons), shown];
@@ -114,7 +132,7 @@ function showOutcome(place, outcome) {
 async function steerLive(item, factor, place) {
   place.textContent = "running the model \u2026";
   const parts = item.members ? [...item.members] : [item];
-  const answer = await post("edit", { nodes: parts.map((node) => [node.layer, node.position, node.index]), factor: Number(factor) });
+  const answer = await post("edit", { nodes: parts.map((node) => [node.kind, node.layer, node.position, node.index]), factor: Number(factor) });
   if (answer.error) place.textContent = answer.error;
   else showOutcome(place, answer);
 }
