@@ -20,20 +20,26 @@ FIRST, SECOND = (turn.text for turn in social.sample_turns(2, seed=4))
 READY = "document.documentElement.dataset.ready"
 
 
-@pytest.fixture(scope="module")
-def address(monitored, tmp_path_factory):
-    """A running monitor of the embedded model."""
+@contextlib.contextmanager
+def serving(monitored, folder):
+    """A running monitor of the embedded model: its address and its server."""
     subject, talk = monitored
-    app = build(subject, Store(tmp_path_factory.mktemp("sessions")), talk)
+    app = build(subject, Store(folder), talk)
     with contextlib.closing(listen("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/", server
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(monitored, tmp_path_factory):
+    with serving(monitored, tmp_path_factory.mktemp("sessions")) as (address, _):
+        yield address
 
 
 @pytest.fixture
@@ -134,6 +140,88 @@ def test_a_reply_can_be_stopped(page, monitored, monkeypatch):
     page.click("#stop")
     page.wait_for(DONE)
     assert "stopped" in page.text("#turns > li:last-child .notes")
+
+
+def test_two_tabs_on_one_conversation_stop_their_own_replies(page, browser, address, monitored, monkeypatch):
+    model = monitored[0].model
+    monkeypatch.setattr(type(model), "eos_token_ids", property(lambda _: []))
+    page.set_value("#max_tokens", 400)
+    page.set_value("#message", "About my car: praise.")
+    with browser.open(address) as other:
+        other.wait_for(READY)
+        other.set_value("#max_tokens", 400)
+        other.click("#message")
+        other.type("About my roof: praise.")
+        page.evaluate("composer.requestSubmit()")  # a tab behind another is not painted, and waits for no key
+        page.wait_for("document.querySelector('.growing')")
+        other.press("Enter")
+        other.wait_for("document.querySelector('#status').textContent.startsWith('Waiting for')")
+        other.click("#stop")
+        other.wait_for(
+            "document.querySelector('#status').textContent === 'Stopped before a reply had begun.'"
+        )
+        assert other.evaluate("document.querySelector('#message').value") == "About my roof: praise."
+    page.wait_for(DONE)
+    [turn] = json.loads(content(address, f"/sessions/{newest(address)}"))["turns"]
+    assert turn["replies"]["plain"]["finish_reason"] == "length"  # the other tab's stop was not for this one
+
+
+def test_a_server_that_ends_is_told_and_nothing_is_lost(browser, monitored, monkeypatch, tmp_path):
+    model = monitored[0].model
+    monkeypatch.setattr(type(model), "eos_token_ids", property(lambda _: []))
+    with serving(monitored, tmp_path) as (address, server), browser.open(address) as page:
+        page.wait_for(READY)
+        page.set_value("#max_tokens", 400)
+        page.click("#message")
+        page.type("About my car: praise.")
+        page.press("Enter")
+        page.wait_for("document.querySelector('.growing')?.textContent.length > 20")
+        server.should_exit = server.force_exit = True
+        page.wait_for("!document.querySelector('#alert').hidden")
+        assert "start `assumptions monitor` again" in page.text("#alert")
+        assert page.evaluate("document.querySelector('#message').value") == "About my car: praise."
+        page.click("#new")
+        page.wait_for("document.querySelector('#alert').innerText.startsWith('The server does not answer')")
+
+
+def test_who_reads_an_earlier_turn_stays_there(page):
+    for _ in range(3):
+        send(page, FIRST)
+    end = "turns.scrollHeight - turns.scrollTop - turns.clientHeight"
+    assert page.evaluate(end) < 2
+    place = page.evaluate("(turns.scrollTop = 40, document.querySelector('.ask').click(), turns.scrollTop)")
+    page.wait_for("document.querySelectorAll('#dimensions circle.stated').length === 9")
+    assert page.evaluate("turns.scrollTop") == place
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == (
+        "Ask the model for its scores of turn 1"
+    )
+    send(page, FIRST)
+    assert page.evaluate(end) < 2
+
+
+@pytest.mark.parametrize(("width", "beside"), [(1280, True), (800, True), (420, False)])
+def test_what_is_read_stays_in_sight_and_nothing_overlaps(page, width, beside):
+    page.set_value("#slider-validation_seeking", -4)
+    page.set_size(width, 800)
+    send(page, FIRST)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert (
+        page.evaluate(
+            "message.getBoundingClientRect().right < panel.getBoundingClientRect().left".replace(
+                "panel", "document.querySelector('aside')"
+            )
+        )
+        is beside
+    )
+    overlaps = page.evaluate(
+        """[...document.querySelectorAll(".dimension")].filter((row) => {
+            const words = document.createRange();
+            words.selectNodeContents(row.querySelector("h3"));
+            const [name, chart] = [words, row.querySelector(".chart")].map((one) => one.getBoundingClientRect());
+            return name.right > chart.left && name.top < chart.bottom && name.bottom > chart.top;
+        }).length"""
+    )
+    assert overlaps == 0
 
 
 def test_errors_are_shown_and_the_message_is_given_back(page):

@@ -31,12 +31,16 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Said:
-    """What a person sends: the message, the settings, whether to compare with the unsteered reply, the sampling."""
+    """What a person sends: the message, the settings, whether to compare with the unsteered reply, the sampling.
+
+    `ticket` is a name of the sender's for this turn, by which it alone is stopped.
+    """
 
     text: str
     settings: list[Setting]
     compare: bool
     draw: Draw
+    ticket: str = ""
 
 
 def take_turn(

@@ -65,6 +65,13 @@ class Draft:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """Which turn is ended: the one that was sent under this ticket."""
+
+    ticket: str = ""
+
+
+@dataclass(frozen=True)
 class Keep:
     """Which reply the conversation goes on with."""
 
@@ -202,7 +209,7 @@ def _turns(subject: Subject, store: Store, desk: Desk) -> "APIRouter":
     async def told(name: str, said: Said) -> AsyncIterator[str]:
         yield sse("queued", {"ahead": desk.waiting})
         try:
-            async for event in desk.stream(name, partial(take_turn, subject, store, name, said)):
+            async for event in desk.stream(_key(name, said), partial(take_turn, subject, store, name, said)):
                 yield sse(event.name, event.content)
         except UserError as error:
             yield sse("error", {"error": str(error)})
@@ -218,8 +225,8 @@ def _turns(subject: Subject, store: Store, desk: Desk) -> "APIRouter":
         return StreamingResponse(told(name, said), media_type="text/event-stream", headers=headers)
 
     @router.post("/stop")
-    async def stop(name: str) -> dict[str, bool]:
-        return {"stopped": desk.stop(name)}
+    async def stop(name: str, which: Stop) -> dict[str, bool]:
+        return {"stopped": desk.stop(_key(name, which))}
 
     @router.post("/read")
     async def read(name: str, draft: Draft) -> dict[str, dict[str, float]]:
@@ -241,6 +248,11 @@ def _turns(subject: Subject, store: Store, desk: Desk) -> "APIRouter":
         return as_json(await desk.call(lambda: keep_reply(store, name, number, choice.arm)))
 
     return router
+
+
+def _key(name: str, turn: Said | Stop) -> str:
+    """What a turn is called in the line: two tabs may have one of the same session in it."""
+    return f"{name}/{turn.ticket}"
 
 
 def summary(store: Store, name: str, fingerprint: str) -> dict[str, Any]:

@@ -20,9 +20,13 @@ async function request(method, path, body) {
   try {
     return await answer(await fetch(`/api${path}`, options));
   } catch (error) {
-    if (error instanceof TypeError) throw new Error("The server does not answer; is it still running?");
-    throw error;
+    throw named(error);
   }
+}
+
+// fetch and its streams fail with a TypeError where nobody answers.
+function named(error) {
+  return error instanceof TypeError ? new Error("The server does not answer: start `assumptions monitor` again.") : error;
 }
 
 export const get = async (path) => (await request("GET", path)).json();
@@ -35,7 +39,7 @@ export async function* events(path, body) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => { throw named(error); });
     if (done) return;
     held += value;
     const blocks = held.split("\n\n");

@@ -3,11 +3,11 @@
 import { events, get, post, remove } from "./api.js";
 import { byId, h } from "./dom.js";
 import { Panel } from "./panel.js";
-import { emptyItem, growingItem, showTurns, turnItem } from "./turns.js";
+import { askButton, emptyItem, follow, growingItem, showTurns, turnItem } from "./turns.js";
 
-const THEMES = [["", "Auto", "as the system"], ["light", "Light", "light"], ["dark", "Dark", "dark"]];
+const THEMES = [["", "as the system"], ["light", "light"], ["dark", "dark"]];
 const PAUSE = 300; // ms without a key before a draft is read
-const state = { subject: null, session: null, panel: null, draft: null, busy: false, reading: 0, suggested: 0 };
+const state = { subject: null, session: null, panel: null, draft: null, busy: false, reading: 0, suggested: 0, ticket: "", stopped: null };
 
 const path = (rest = "") => `/sessions/${state.session.id}${rest}`;
 const status = (text) => { byId("status").textContent = text; };
@@ -29,7 +29,7 @@ async function attempt(work) {
   }
 }
 
-function show(growing = null) {
+function show(growing = null, toEnd = Boolean(growing)) {
   const { session, subject } = state;
   byId("title").textContent = session.title;
   byId("remember").checked = session.remember;
@@ -38,7 +38,7 @@ function show(growing = null) {
   const last = session.turns.length - 1;
   const items = session.turns.map((turn, i) => turnItem(turn, i, i === last && !growing, { ask, keep }));
   if (growing) items.push(growing);
-  showTurns(items.length ? items : [emptyItem(subject)]);
+  showTurns(items.length ? items : [emptyItem(subject)], toEnd);
   state.panel.draw(session.turns, state.draft);
 }
 
@@ -46,7 +46,7 @@ async function listSessions() {
   const items = (await get("/sessions")).map((one) => {
     const current = one.id === state.session?.id;
     const open = h("button", {
-      type: "button", class: "quiet", "aria-current": current ? "true" : false, onclick: () => attempt(() => open_(one.id)),
+      type: "button", class: "quiet", title: one.title, "aria-current": current ? "true" : false, onclick: () => attempt(() => open_(one.id)),
     }, one.title, h("small", {}, one.usable ? `${one.turns} turns` : "another model"));
     const drop = h("button", {
       type: "button", class: "quiet drop", "aria-label": `Delete ${one.title}`, onclick: () => attempt(() => drop_(one.id)),
@@ -62,7 +62,7 @@ async function open_(id) {
   state.draft = null;
   localStorage.setItem("session", state.session.id);
   state.panel.set(state.session.turns.at(-1)?.settings ?? []);
-  show();
+  show(null, true);
   await listSessions();
   readDraft();
 }
@@ -93,6 +93,7 @@ async function say() {
   const { settings } = state.panel;
   const compare = byId("compare").checked;
   const { item, texts } = growingItem(text, settings, compare);
+  const ticket = state.ticket = Math.random().toString(36).slice(2);
   busy(true);
   status("The model is reading.");
   byId("message").value = "";
@@ -100,17 +101,20 @@ async function say() {
   show(item);
   let kept = false;
   await attempt(async () => {
-    for await (const { name, content } of events(path("/turns"), { text, settings, compare, draw: sampling() })) {
+    for await (const { name, content } of events(path("/turns"), { text, settings, compare, draw: sampling(), ticket })) {
       if (name === "queued" && content.ahead) status(`Waiting for ${content.ahead} other request(s).`);
       if (name === "scores") { state.draft = content; state.panel.draw(state.session.turns, content); status("The model is writing."); }
-      if (name === "piece") { texts[content.arm].textContent += content.text; item.scrollIntoView({ block: "end" }); }
+      if (name === "piece") follow(() => { texts[content.arm].textContent += content.text; });
       if (name === "error") throw new Error(content.error);
       if (name === "turn") { state.session = await get(path()); kept = true; status("The reply is complete."); }
     }
   });
   state.draft = null;
   if (!kept && !byId("message").value) byId("message").value = text;
-  if (!kept && byId("alert").hidden) status("Stopped before a reply had begun.");
+  if (!kept && byId("alert").hidden) {
+    if (state.stopped === ticket) status("Stopped before a reply had begun.");
+    else complain(new Error("The server ended before the reply did: start `assumptions monitor` again."));
+  }
   busy(false);
   show();
   byId("message").focus();
@@ -122,14 +126,23 @@ async function attempt_quietly(work) {
   if (byId("alert").hidden) await attempt(work);
 }
 
-const stop = () => attempt(async () => { await post(path("/stop")); status("Stopping."); });
+const stop = () => attempt(async () => {
+  status("Stopping.");
+  state.stopped = state.ticket;
+  await post(path("/stop"), { ticket: state.ticket });
+});
 
 const ask = (number) => attempt(async () => {
   status("Asking the model.");
-  await post(path(`/turns/${number}/ask`));
-  state.session = await get(path());
-  status("The model has stated its scores.");
-  if (!state.busy) show();
+  askButton(number).disabled = true;
+  try {
+    await post(path(`/turns/${number}/ask`));
+    state.session = await get(path());
+    status("The model has stated its scores.");
+  } finally {
+    if (!state.busy) show();
+    askButton(number)?.focus();
+  }
 });
 
 const keep = (number, arm) => attempt(async () => {
@@ -163,10 +176,9 @@ function suggest() {
 }
 
 function theme(place) {
-  const [scheme, name, said] = THEMES[place];
+  const [scheme, name] = THEMES[place];
   document.documentElement.style.colorScheme = scheme || "light dark";
-  byId("theme").textContent = name;
-  byId("theme").setAttribute("aria-label", `Colours: ${said}`);
+  byId("theme").textContent = `Colours: ${name}`;
   localStorage.setItem("theme", place);
 }
 

@@ -29,7 +29,8 @@ export function turnItem(turn, number, last, actions) {
   });
   const stated = Object.entries(turn.stated).map(([arm, one]) =>
     h("span", { class: "note" }, `Asked (${one.instrument}, ${arm}): ${READ[one.status]}.`));
-  const ask = h("button", { type: "button", class: "quiet ask", onclick: () => actions.ask(number) },
+  const label = `Ask the model for its scores of turn ${number + 1}`;
+  const ask = h("button", { type: "button", class: "quiet ask", "aria-label": label, onclick: () => actions.ask(number) },
     stated.length ? "Ask again" : "Ask the model for its scores");
   return h("li", {}, said(turn.text), h("div", { class: `replies arms-${arms.length}` }, ...replies),
     h("p", { class: "after" }, ask, ...stated));
@@ -56,13 +57,28 @@ function reply(arm, settings, text, notes, kept) {
 
 export function emptyItem(subject) {
   return h("li", { class: "empty" }, h("p", {},
-    "Write something. While you write, the bars on the right show what the model's activations say it assumes you want. ",
-    "Move a slider to change that, and see the reply change beside the unsteered one."),
+    "Write something. While you write, each chart of the panel shows what the model's activations say it assumes you ",
+    "want. Move a slider to change that, and see the reply change beside the unsteered one."),
   h("p", { class: "note" }, `Probes of ${subject.labeller} on ${subject.model}; scores are of this message, not of you.`));
 }
 
-export function showTurns(items) {
-  byId("turns").replaceChildren(...items);
+export const askButton = (number) => document.querySelector(`#turns > li:nth-child(${number + 1}) .ask`);
+
+// Show the items; who has scrolled up to read stays there, unless `toEnd`.
+export function showTurns(items, toEnd) {
   const list = byId("turns");
-  list.scrollTop = list.scrollHeight;
+  if (toEnd) list.scrollTop = list.scrollHeight;
+  follow(() => {
+    const top = list.scrollTop;
+    list.replaceChildren(...items);
+    list.scrollTop = top;
+  });
+}
+
+// Change what the list shows; where its end was in sight, it stays in sight.
+export function follow(change) {
+  const list = byId("turns");
+  const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
+  change();
+  if (atEnd) list.scrollTop = list.scrollHeight;
 }
