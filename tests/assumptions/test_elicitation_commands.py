@@ -10,6 +10,7 @@ from assumptions.dimensions import NAMES
 from assumptions.parsing import Status
 from assumptions.records import Record, RecordFile
 from assumptions.sources import load_messages
+from shared.serialize import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def elicited(tmp_path_factory):
         f"elicit --model tinyworld --data {folder}/mine.csv --out {folder}/out --instrument tinyworld_nine"
     )
     command += " --column text=prompt --column id=key --engine hf --free --temperature 1 --max-tokens 96"
-    return folder, [c.id for c in chats], [*command.split(), "--expected", "--orders", "2"]
+    return folder, [c.id for c in chats], [*command.split(), "--score", "expected", "--orders", "2"]
 
 
 def rows_of(path):
@@ -31,20 +32,61 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_elicit_writes_answers_scores_expected_values_and_reliability(elicited, capsys):
+def test_elicit_writes_answers_expected_scores_and_reliability(elicited, capsys):
     folder, ids, command = elicited
     assert main(command) == 0
     health = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert health["valid_share"] == 1.0
-    stated, expected = rows_of(folder / "out" / "scores.csv"), rows_of(folder / "out" / "expected.csv")
-    assert [row["id"] for row in stated] == [row["id"] for row in expected] == ids
-    assert list(stated[0]) == ["id", *NAMES]
-    assert all(0 <= float(row[name]) <= 1 for row in (*stated, *expected) for name in NAMES)
+    scores = rows_of(folder / "out" / "scores.csv")
+    assert [row["id"] for row in scores] == ids
+    assert list(scores[0]) == ["id", *NAMES]
+    values = [float(row[name]) for row in scores for name in NAMES]
+    assert all(0 <= value <= 1 for value in values)
+    assert any(abs(value * 20 - round(value * 20)) > 0.01 for value in values)  # not the grid of stated ones
     facets = json.loads((folder / "out" / "reliability.json").read_text())
     assert [row["dimension"] for row in facets] == list(NAMES)
     before = (folder / "out" / "answers.jsonl").read_text()
     assert main(command) == 0  # repeated: everything is there
     assert (folder / "out" / "answers.jsonl").read_text() == before
+
+
+def test_a_folder_holds_one_elicitation(elicited, tmp_path, capsys):
+    """A rerun goes on and keeps what later steps have settled; with other settings it is refused."""
+    folder, _, command = elicited
+    out = folder / "out"
+    assert main(command) == 0
+    later = read_json(out / "study.json")
+    later["settings"]["shuffles"], later["last"] = 3, "probe"
+    write_json(out / "study.json", later)
+    held = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert main(command) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == held
+    for changed, said in (
+        (["--temperature", "0.5"], "another settings"),
+        (["--score", "stated"], "another score"),
+        (["--column", "text=other", "--column", "id=key"], "another columns"),
+        (["--model", "tinyworld-readable"], "another model"),
+    ):
+        capsys.readouterr()
+        assert main([*command, *changed]) == 2
+        assert said in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == held
+    with (folder / "mine.csv").open("a", newline="") as file:
+        csv.writer(file).writerow(
+            ["third", load_messages("tinyworld", 3, seed=8, columns={}).chats[2].turn, "x"]
+        )
+    assert main(command) == 0  # more rows: the new one is asked, and the later steps are to be taken again
+    study = read_json(out / "study.json")
+    assert (study["settings"]["messages"], study["settings"]["shuffles"], study["last"]) == (3, 3, "elicit")
+    assert (out / "answers.jsonl").read_bytes().startswith(held["answers.jsonl"])
+
+
+def test_a_model_that_could_not_be_loaded_leaves_no_claim_on_the_folder(elicited, capsys):
+    folder, _, command = elicited
+    stated = [*command[: command.index("--score")], "--out", str(folder / "second"), "--max-tokens", "4"]
+    assert main([*stated, "--model", str(folder / "no-model")]) == 2
+    assert "no-model" in capsys.readouterr().err
+    assert main(stated) == 0
 
 
 def test_what_does_not_fit_is_one_line_before_any_work(elicited, tmp_path, capsys):
@@ -55,8 +97,10 @@ def test_what_does_not_fit_is_one_line_before_any_work(elicited, tmp_path, capsy
         (f"elicit {data} --instrument 4dims", "guided=false"),
         (f"elicit {data} --engine hf", "add --free"),
         (f"elicit {data} --column text", "write NAME=COLUMN"),
-        (f"elicit {data} --server http://127.0.0.1:9/v1 --expected", "needs the model's tokens"),
-        (f"elicit {data} --instrument ten --expected", "has no scores"),
+        (f"elicit {data} --server http://127.0.0.1:9/v1 --score expected", "--tokenizer"),
+        (f"elicit {data} --instrument ten --free --score expected", "has no scores"),
+        (f"elicit {data} --samples 3 --temperature 1 --score stated", "samples=3 go with score mean"),
+        (f"elicit {data} --score mean", "set samples above 1"),
         (f"elicit {data} --column text=prompt --retest 3", "set a temperature"),
         (f"elicit {data} --column text=prompt --orders 1", "at least two"),
         (f"elicit {data}", "no column 'text'; there are 'key', 'prompt', 'other'"),

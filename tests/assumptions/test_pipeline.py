@@ -255,8 +255,8 @@ def test_answers_count_for_the_messages_they_were_given_about(tmp_path, monkeypa
     for seed, resume, asked in ((0, True, 8), (1, True, 16), (1, True, 16), (0, True, 16), (0, False, 24)):
         messages = load_messages("tinyworld", 8, seed, {})
         with start_run(tmp_path / "run", {"settings": config}, seed=seed, resume=resume) as run:
-            elicitation = pipeline.elicit_scores(config, run.use_model(model), messages.chats, run)
-        scores = elicitation.scores([chat.id for chat in messages.chats], NAMES)
+            scoring = pipeline.elicit_scores(config, run.use_model(model), messages.chats, run)
+        scores = scoring.scored.scores([chat.id for chat in messages.chats], NAMES)
         np.testing.assert_allclose(scores, messages.posterior_BK)
         assert engine.asked == asked
 

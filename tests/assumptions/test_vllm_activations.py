@@ -1,14 +1,19 @@
-"""What is read in Hugging Face is what vLLM computes: block outputs of the same prompts, token by token."""
+"""What is read in Hugging Face is what vLLM computes: block outputs, and scores over token probabilities."""
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from assumptions.chats import Chat
+from assumptions.dimensions import NAMES
+from assumptions.elicitation import ElicitationSettings
 from assumptions.features import block_outputs
+from assumptions.instruments import instrument
 from assumptions.rendering import render
-from shared.generation import Request, Sampling, VLLMGenerator
+from assumptions.scoring import score_chats
+from shared.generation import HFGenerator, Request, Sampling, VLLMGenerator
 from shared.hooks import capture
 from shared.models import load
 from shared.tinyworld import social
@@ -22,26 +27,56 @@ def keep(seen, block, module, args, output):
     seen[block].append((added + stream).float().clone())
 
 
-def test_block_outputs_of_both_engines_point_the_same_way():
+@pytest.fixture(scope="module")
+def engine():
+    """vLLM over the embedded model; every prompt is computed whole."""
+    with VLLMGenerator("tinyworld", enable_prefix_caching=False) as generator:
+        yield generator
+
+
+def test_expected_scores_of_both_engines_are_equal(engine, tmp_path):
+    """Of the same answers: the trees that vLLM's top tokens grow give Hugging Face's values to 1e-3."""
+    model, asked = load("tinyworld"), instrument("tinyworld_nine")
+    chats = [Chat(str(i), turn.text) for i, turn in enumerate(social.sample_turns(2, seed=4))]
+    settings = ElicitationSettings(guided=False, max_tokens=96)
+
+    def scored(generator, name):
+        path = tmp_path / f"{name}.jsonl"
+        found = score_chats(
+            generator, model.tokenizer, asked, chats, path, settings, "expected", model=model.fingerprint
+        )
+        assert [record.token_ids for record in found.answers.records] == answers
+        return found.scored
+
+    greedy = HFGenerator(model).generate(
+        [Request(asked.messages(chat.turn)) for chat in chats], Sampling(96, logprobs=None)
+    )
+    answers = [tuple(one.token_ids) for [one] in greedy]
+    ours, theirs = scored(HFGenerator(model, batch_size=128), "hf"), scored(engine, "vllm")
+    ids = [chat.id for chat in chats]
+    assert np.isfinite(ours.scores(ids, NAMES)).all()
+    np.testing.assert_allclose(theirs.scores(ids, NAMES), ours.scores(ids, NAMES), atol=1e-3)
+
+
+def test_block_outputs_of_both_engines_point_the_same_way(engine):
     """Cosine at least 0.999 at every block and token of real messages; the mean over the user's message too."""
     model = load("tinyworld")
     chats = [Chat(str(i), turn.text) for i, turn in enumerate(social.sample_turns(4, seed=3))]
     seen = [[] for _ in block_outputs(model)]
-    with VLLMGenerator("tinyworld", enable_prefix_caching=False) as engine:
 
-        def watch(inside):
-            return [
-                layer.register_forward_hook(partial(keep, seen, block))
-                for block, layer in enumerate(inside.model.layers)
-            ]
+    def watch(inside):
+        return [
+            layer.register_forward_hook(partial(keep, seen, block))
+            for block, layer in enumerate(inside.model.layers)
+        ]
 
-        [handles] = engine.llm.apply_model(watch)
-        try:
-            for chat in chats:  # one at a time: a batch's tokens lie end to end, in the scheduler's order
-                engine.generate([Request(chat.messages)], Sampling(max_tokens=1, logprobs=None))
-        finally:
-            for handle in handles:
-                handle.remove()
+    [handles] = engine.llm.apply_model(watch)
+    try:
+        for chat in chats:  # one at a time: a batch's tokens lie end to end, in the scheduler's order
+            engine.generate([Request(chat.messages)], Sampling(max_tokens=1, logprobs=None))
+    finally:
+        for handle in handles:
+            handle.remove()
     for number, chat in enumerate(chats):
         rendered = render(model.tokenizer, chat)
         with torch.no_grad(), capture(model, block_outputs(model)) as acts:

@@ -34,7 +34,7 @@ def load_hf(config: ModelConfig) -> tuple[Any, Any, Path | None]:
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     hf_config = _fetch(config, "AutoConfig", source, common)
     family_of(hf_config)
-    tokenizer = _fetch(config, "AutoTokenizer", source, common)
+    tokenizer = load_tokenizer(config)
     options = {**common, "dtype": _dtype(config), "attn_implementation": _attention(hf_config, config)}
     if config.device_map is not None:
         options["device_map"] = config.device_map
@@ -47,6 +47,13 @@ def load_hf(config: ModelConfig) -> tuple[Any, Any, Path | None]:
     if config.device_map is None and config.quantization is None:
         hf = hf.to(_device(config))
     return hf, tokenizer, path
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer that a config names, without its model; UserError names the ways out when it cannot be had."""
+    path = local_path(config)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    return _fetch(config, "AutoTokenizer", str(path) if path else config.name, options)
 
 
 def wrap(hf: Any, tokenizer: Any) -> Any:

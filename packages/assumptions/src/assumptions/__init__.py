@@ -16,6 +16,7 @@ _WHERE = {
     "instrument": "instruments",
     "ElicitationSettings": "elicitation",
     "elicit": "elicitation",
+    "score_chats": "scoring",
     "expected_scores": "token_scores",
     "load_corpus": "corpora",
     "capture_features": "features",
@@ -72,6 +73,7 @@ __all__ = [
     "random_directions",
     "read_chats",
     "save_probes",
+    "score_chats",
     "search_range",
 ]
 

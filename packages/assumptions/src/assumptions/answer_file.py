@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from shared.errors import UserError
 from shared.runs import Run, config_hash
-from shared.serialize import plain
+from shared.serialize import plain, read_json, write_json
 
 
 @runtime_checkable
@@ -113,6 +113,22 @@ def _cut_torn_line(path: Path) -> None:
     if whole < len(content):
         with path.open("r+b") as file:
             file.truncate(whole)
+
+
+def once(path: Path, question: dict[str, Any], answers: Path) -> None:
+    """Note at `path` which question its folder holds `answers` to.
+
+    UserError, naming what differs, where there are answers to another question already.
+    """
+    asked = plain(question)
+    former = read_json(path) if path.exists() and answers.exists() else asked
+    if changed := sorted(k for k in {*former, *asked} if former.get(k) != asked.get(k)):
+        raise UserError(
+            f"{path.parent} holds answers made with another {', '.join(changed)} ({path.name} says which): choose "
+            "another folder, or delete it to begin anew"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asked)
 
 
 def answers_name(kind: str, question: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Causal closure of a study: test messages elicited again under every direction and dose; and the mediation.
 
 On an embedded model the scores are forced (`assumptions.forced`), elsewhere elicited with the study's own instrument
-from Hugging Face, one append-only file for every edit. A random control of each direction goes through the same.
+and kind of score from Hugging Face, one append-only file for every edit. A random control of each direction goes
+through the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,12 @@ from assumptions.chats import Chat
 from assumptions.closure import Closure, ScoresUnder, close, closure_figures
 from assumptions.conditions import UNEDITED, Condition
 from assumptions.dimensions import NAMES
-from assumptions.elicitation import elicit, header
+from assumptions.elicitation import header
 from assumptions.forced import forced_scores
 from assumptions.instruments import instrument
 from assumptions.mediation import Mediation, mediate
 from assumptions.outcomes import sycophancy
+from assumptions.scoring import asked_with, score_chats
 from assumptions.sources import moved_outcomes
 from assumptions.steered import Steered, Steering
 from assumptions.steering import Direction
@@ -36,16 +38,21 @@ def scores_under(study: Steering, chats: Sequence[Chat]) -> ScoresUnder:
     asked, model = instrument(study.config.instrument), study.model
     if model.config.name in EMBEDDED and asked.name == "tinyworld_nine":
         return lambda edits: forced_scores(model, asked, chats, edits)
-    settings = replace(study.config.elicitation, guided=False)
+    score, settings = study.config.score, replace(study.config.elicitation, guided=False)
     ids = [chat.id for chat in chats]
 
     def elicited(edits: Sequence[Intervention]) -> Float[ndarray, "B 9"]:
         made = header(
-            asked, settings, f"{model.fingerprint} under {Condition('edits', edits=tuple(edits)).digest}"
+            asked,
+            asked_with(score, settings),
+            f"{model.fingerprint} under {Condition('edits', edits=tuple(edits)).digest}",
         )
         path = answers_path(study.run, "again", made)
         generator = HFGenerator(model, edits, batch_size=settings.batch_size)
-        return elicit(generator, asked, chats, path, settings, model=made["model"]).scores(ids, NAMES)
+        scoring = score_chats(
+            generator, model.tokenizer, asked, chats, path, settings, score, model=made["model"]
+        )
+        return scoring.scored.scores(ids, NAMES)
 
     return elicited
 

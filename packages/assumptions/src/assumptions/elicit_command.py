@@ -2,13 +2,14 @@
 
     assumptions elicit --model path/to/model --data mine.csv --column text=prompt --out runs/mine
     assumptions elicit --server http://127.0.0.1:8000/v1 --model NAME --data chats.jsonl --instrument openended --free
-    ... --expected            scores also as expected values over token probabilities
+    ... --score expected      scores as expected values over token probabilities (of a server: with --tokenizer)
     ... --retest 3 --orders 3 reliability, with intraclass correlations
 
 Where all nine scores are asked of a model in this process, `assumptions probe` can go on with the folder.
 
-The folder gets answers.jsonl (resumed when the command is repeated), scores.csv (one row a chat), and where asked for
-expected.csv and reliability.json. Standard output: how many answers could be read, as JSON.
+The folder gets elicit.json (what was asked), answers.jsonl (resumed when the command is repeated), scores.csv (one row
+a chat), and where asked for reliability.json. Standard output: how many answers could be read, as JSON. Repeated with
+other settings into the same folder the command refuses: a folder holds one elicitation.
 """
 
 import argparse
@@ -18,21 +19,24 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 
+from assumptions.answer_file import once
 from assumptions.asking import OnDemand
 from assumptions.chats import Chat, read_chats
 from assumptions.commands.study import Study, begin
 from assumptions.dimensions import NAMES
-from assumptions.elicitation import Elicitation, ElicitationSettings, check, elicit
+from assumptions.elicitation import ElicitationSettings, check
 from assumptions.instruments import Instrument, instrument
 from assumptions.reliability import Measurement, orders, reliability, retests
+from assumptions.scoring import Score, Scored, check_score, score_chats
 from assumptions.settings import AssumptionProbingConfig, JudgeSettings
-from assumptions.token_scores import TokenScores, expected_scores
 from shared.commands import output_folder
 from shared.errors import UserError
 from shared.generation import Generator, HFGenerator, OpenAIGenerator, VLLMGenerator
+from shared.loading import load_tokenizer
 from shared.models import Model, ModelConfig, load
 from shared.serialize import write_json
 
@@ -65,7 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shuffle-order", action="store_true", help="another order of the dimensions for every answer"
     )
-    parser.add_argument("--expected", action="store_true", help="scores also over token probabilities")
+    parser.add_argument(
+        "--score",
+        choices=get_args(Score),
+        help="the number stated, the mean over --samples, or the expected value over token probabilities; default: "
+        "the mean where there are samples, else as stated",
+    )
+    parser.add_argument("--tokenizer", help="name or folder of the server's model's, for --score expected")
     parser.add_argument("--retest", type=int, default=0, metavar="N", help="reliability over N seeds")
     parser.add_argument(
         "--orders", type=int, default=0, metavar="N", help="reliability over N orders of dimensions"
@@ -78,25 +88,28 @@ def main(arguments: argparse.Namespace) -> int:
     check(asked, settings)
     if arguments.engine == "hf" and not (arguments.free or arguments.server):
         raise UserError("--engine hf has no grammar: add --free, or take vllm")
-    if arguments.expected and arguments.server:
-        raise UserError("--expected needs the model's tokens: take --engine vllm or hf")
-    if (arguments.expected or arguments.retest or arguments.orders) and not asked.dimensions:
+    score: Score = arguments.score or ("mean" if settings.samples > 1 else "stated")
+    check_score(score, settings)
+    if (arguments.score or arguments.retest or arguments.orders) and not asked.dimensions:
         raise UserError(
-            f"{asked.id} has no scores: --expected, --retest and --orders are for instruments that do"
+            f"{asked.id} has no scores: --score, --retest and --orders are for instruments that do"
+        )
+    if score == "expected" and arguments.server and not arguments.tokenizer:
+        raise UserError(
+            "--score expected counts tokens: name the tokenizer of the server's model, --tokenizer"
         )
     chats = read_chats(arguments.data, _columns(arguments.column))
     facets = _facets(arguments, asked, chats, settings)
-    model = None if arguments.server else load(ModelConfig(arguments.model, dtype=arguments.dtype))
+    path = arguments.out / "answers.jsonl"
+    once(arguments.out / "elicit.json", _question(arguments, settings, score), path)
+    config = ModelConfig(arguments.model, dtype=arguments.dtype)
+    model = None if arguments.server else load(config)
     name = arguments.model if model is None else model.fingerprint
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(arguments, model)
     with closing(OnDemand(lambda: _engine(arguments, model))) as engine:
-        answers = elicit(engine, asked, chats, arguments.out / "answers.jsonl", settings, model=name)
+        answers, scored = score_chats(engine, tokenizer, asked, chats, path, settings, score, model=name)
         if asked.dimensions:
-            _write_scores(arguments.out / "scores.csv", asked, chats, answers)
-        if arguments.expected and model is not None:
-            path = arguments.out / "expected.jsonl"
-            expected = expected_scores(engine, model.tokenizer, asked, chats, answers, path, model=name)
-            _write_scores(arguments.out / "expected.csv", asked, chats, expected)
+            _write_scores(arguments.out / "scores.csv", asked, chats, scored)
         found = [
             reliability(engine, asked, facet, conditions, arguments.out / "reliability", model=name)
             for facet, conditions in facets.items()
@@ -105,13 +118,34 @@ def main(arguments: argparse.Namespace) -> int:
         write_json(arguments.out / "reliability.json", [row for facet in found for row in facet.rows()])
     print(json.dumps(answers.health() | {"valid_share": answers.valid_share()}))
     if model is not None and asked.dimensions == NAMES:
-        begin(arguments.out, _study(arguments, model, settings, len(chats)), model.fingerprint)
+        begin(arguments.out, _study(arguments, model, settings, score, len(chats)), model.fingerprint)
         print(f"next: assumptions probe {arguments.out}", file=sys.stderr)
     return 0
 
 
+def _question(arguments: argparse.Namespace, settings: ElicitationSettings, score: Score) -> dict[str, Any]:
+    """What the folder holds answers to: all that they and the scores follow from, but the rows of the file."""
+    return {
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "engine": arguments.server or arguments.engine,
+        "data": str(arguments.data),
+        "columns": _columns(arguments.column),
+        "instrument": arguments.instrument,
+        "settings": settings,
+        "score": score,
+    }
+
+
+def _tokenizer(arguments: argparse.Namespace, model: Model | None) -> Any:
+    """The model's, the one named for a server's model, or None."""
+    if model is not None:
+        return model.tokenizer
+    return load_tokenizer(ModelConfig(arguments.tokenizer)) if arguments.tokenizer else None
+
+
 def _study(
-    arguments: argparse.Namespace, model: Model, settings: ElicitationSettings, messages: int
+    arguments: argparse.Namespace, model: Model, settings: ElicitationSettings, score: Score, messages: int
 ) -> Study:
     """What the later commands go on with; until `assumptions steer` names a judge, the model judges itself."""
     config = AssumptionProbingConfig(
@@ -120,6 +154,7 @@ def _study(
         messages=messages,
         instrument=arguments.instrument,
         engine=arguments.engine,
+        score=score,
         elicitation=settings,
         judge=JudgeSettings("local", model=arguments.model),
     )
@@ -134,7 +169,6 @@ def _settings(arguments: argparse.Namespace) -> ElicitationSettings:
         samples=arguments.samples,
         guided=not arguments.free,
         shuffle_order=arguments.shuffle_order,
-        keep_tokens=arguments.expected,
         seed=arguments.seed,
     )
 
@@ -171,9 +205,7 @@ def _facets(
     return facets
 
 
-def _write_scores(
-    path: Path, asked: Instrument, chats: Sequence[Chat], scored: Elicitation | TokenScores
-) -> None:
+def _write_scores(path: Path, asked: Instrument, chats: Sequence[Chat], scored: Scored) -> None:
     """One row a chat; an empty cell where there is no score."""
     table = scored.scores([chat.id for chat in chats], asked.dimensions)
     with path.open("w", encoding="utf-8", newline="") as file:

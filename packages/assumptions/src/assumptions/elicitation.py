@@ -181,8 +181,9 @@ def check(instrument: Instrument, settings: ElicitationSettings) -> None:
 
 
 def header(instrument: Instrument, settings: ElicitationSettings, model: str) -> dict[str, Any]:
-    """What identifies the question an elicitation file answers."""
-    return {
+    """What identifies the question an elicitation file answers; answers that keep their tokens lie apart."""
+    kept = {"keep_tokens": True} if settings.keep_tokens else {}
+    return kept | {
         "instrument": instrument.id,
         "prompt_hash": instrument.prompt_hash,
         "model": model,

@@ -43,9 +43,14 @@ def preserved(study: Steering, directions: Mapping[str, Direction], doses: Seque
     return found
 
 
-def beside_truth(study: Steering, grounds: Grounds, posterior_BK: Float[np.ndarray, "B K"]) -> dict[str, Any]:
-    """The figures of `assumptions.truth`; the posterior means are those of the rows of `grounds`."""
-    stated_BK, model = grounds.labels_BK.numpy(), study.model
+def beside_truth(
+    study: Steering,
+    grounds: Grounds,
+    stated_BK: Float[np.ndarray, "B K"],
+    posterior_BK: Float[np.ndarray, "B K"],
+) -> dict[str, Any]:
+    """The figures of `assumptions.truth`; stated scores and posterior means are those of the rows of `grounds`."""
+    model = study.model
     key = config_hash([probe.weight_D for probe in grounds.probes.probes.values()])
 
     def compute() -> dict[str, Any]:

@@ -18,10 +18,10 @@ from assumptions.closure import Closure
 from assumptions.control import Trial
 from assumptions.dimensions import DIMENSIONS, NAMES, SIGNS
 from assumptions.doses import UNEDITED, Curve, Effect, Reply
-from assumptions.elicitation import Elicitation
 from assumptions.evaluation import ProbeScore
 from assumptions.features import Span
 from assumptions.instruments import Instrument
+from assumptions.scoring import Score, Scored, Scoring
 from assumptions.settings import ChoiceSettings
 from assumptions.sources import Messages
 from assumptions.steered import Steered
@@ -34,19 +34,25 @@ READ: dict[Span, str] = {
     "last": "block output at the prompt's last token",
     "prompt": "mean block output over the whole prompt",
 }
+TAKEN: dict[Score, str] = {
+    "stated": "A score is the number that the model states",
+    "mean": "A score is the mean of the numbers that the model states in several draws",
+    "expected": "A score is the mean of the numbers that the model could state, by its token probabilities",
+}
 
 
 def add_elicitation(
     report: Report,
     instrument: Instrument,
-    elicitation: Elicitation,
+    score: Score,
+    scoring: Scoring,
     messages: Messages,
     metrics: Mapping[str, Any],
 ) -> None:
     """The elicited scores: health of the answers, and agreement with the truth where it is known."""
     report.text(
         f"# What the model assumes\n\nEvery message was put to the instrument `{instrument.id}`, which asks for nine "
-        f"scores. {metrics['json_valid']:.1%} of {len(elicitation.records)} answers held them all."
+        f"scores. {metrics['json_valid']:.1%} of {len(scoring.answers.records)} answers held them all. {TAKEN[score]}."
     )
     report.table([metrics["elicitation_health"]], "Answers by status")
     if "spearman" in metrics:
@@ -55,14 +61,12 @@ def add_elicitation(
             "Elicited scores against the mean of the latent given the message, the best any reader could do.",
         )
     for row, chat in enumerate(messages.chats[:EXAMPLES]):
-        report.table(_example_scores(row, chat, elicitation, messages), f"{chat.id}: {chat.turn}")
+        report.table(_example_scores(row, chat, scoring.scored, messages), f"{chat.id}: {chat.turn}")
 
 
-def _example_scores(
-    row: int, chat: Chat, elicitation: Elicitation, messages: Messages
-) -> list[dict[str, Any]]:
+def _example_scores(row: int, chat: Chat, scored: Scored, messages: Messages) -> list[dict[str, Any]]:
     """The elicited scores of one message beside the truth, one row a dimension."""
-    elicited = elicitation.scores([chat.id], NAMES)[0].tolist()
+    elicited = scored.scores([chat.id], NAMES)[0].tolist()
     rows = [{"dimension": name, "elicited": score} for name, score in zip(NAMES, elicited, strict=True)]
     if messages.posterior_BK is not None:
         for one, mean in zip(rows, messages.posterior_BK[row].tolist(), strict=True):

@@ -27,7 +27,7 @@ from assumptions.chats import Chat
 from assumptions.closing import closing_metrics, elicit_again, mediations
 from assumptions.control import control_metrics, doubts
 from assumptions.dimensions import NAMES
-from assumptions.elicitation import Elicitation, elicit, header
+from assumptions.elicitation import header
 from assumptions.embedded import beside_truth, preserved, unguided
 from assumptions.evaluation import evaluate_probes, leave_one_source_out_scores
 from assumptions.features import Features, capture_features, load_features, save_features
@@ -43,6 +43,7 @@ from assumptions.run_metrics import (
     range_metrics,
     steering_metrics,
 )
+from assumptions.scoring import Scored, Scoring, asked_with, score_chats
 from assumptions.settings import AssumptionProbingConfig
 from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split, row_hash
@@ -64,13 +65,13 @@ def run(
     model = run.use_model(load(model_config))
     if last == "steer":
         check_judge(config.judge, model)
-    elicitation = elicit_scores(config, model, messages.chats, run)
-    metrics = elicitation_metrics(elicitation, messages)
-    add_elicitation(run.report, instrument(config.instrument), elicitation, messages, metrics)
+    scoring = elicit_scores(config, model, messages.chats, run)
+    metrics = elicitation_metrics(scoring, messages)
+    add_elicitation(run.report, instrument(config.instrument), config.score, scoring, messages, metrics)
     if last == "elicit":
         return metrics
 
-    rows, labels = labelled(messages.chats, elicitation)
+    rows, labels = labelled(messages.chats, scoring.scored)
     chats = [messages.chats[row] for row in rows]
     features = captured(config, model, messages.chats, run).rows(rows)
     split = group_split(chats, run.seed)
@@ -103,7 +104,8 @@ def run(
     metrics |= steer_and_judge(study, grounds)
     if config.data == "tinyworld" and model_config.name in EMBEDDED:
         assert messages.posterior_BK is not None
-        metrics |= beside_truth(study, grounds, messages.posterior_BK[rows])
+        stated_BK = scoring.answers.scores([chat.id for chat in chats], NAMES)
+        metrics |= beside_truth(study, grounds, stated_BK, messages.posterior_BK[rows])
         metrics |= {"json_valid_unguided": unguided(study, messages.chats)}
     return metrics
 
@@ -135,15 +137,22 @@ def steer_and_judge(study: Steering, grounds: Grounds) -> dict[str, Any]:
     return metrics
 
 
-def elicit_scores(
-    config: AssumptionProbingConfig, model: Model, chats: Sequence[Chat], run: Run
-) -> Elicitation:
-    """Elicit the scores of all chats; answers of a former run of the same question are kept."""
+def elicit_scores(config: AssumptionProbingConfig, model: Model, chats: Sequence[Chat], run: Run) -> Scoring:
+    """Elicit and score all chats; answers of a former run of the same question are kept."""
     asked: Instrument = instrument(config.instrument)
-    question = header(asked, config.elicitation, model.fingerprint)
+    question = header(asked, asked_with(config.score, config.elicitation), model.fingerprint)
     path = answers_path(run, "elicitation", question)
     with closing(OnDemand(lambda: start_engine(config.engine, model))) as generator:
-        return elicit(generator, asked, chats, path, config.elicitation, model=model.fingerprint)
+        return score_chats(
+            generator,
+            model.tokenizer,
+            asked,
+            chats,
+            path,
+            config.elicitation,
+            config.score,
+            model=model.fingerprint,
+        )
 
 
 def start_engine(engine: str, model: Model) -> Generator:
@@ -151,9 +160,9 @@ def start_engine(engine: str, model: Model) -> Generator:
     return VLLMGenerator(model.config) if engine == "vllm" else HFGenerator(model)
 
 
-def labelled(chats: Sequence[Chat], elicitation: Elicitation) -> tuple[list[int], Float[torch.Tensor, "B 9"]]:
+def labelled(chats: Sequence[Chat], scored: Scored) -> tuple[list[int], Float[torch.Tensor, "B 9"]]:
     """Rows of the chats with a score in every dimension, and these scores (B 9); UserError when there are few."""
-    scores = elicitation.scores([chat.id for chat in chats], NAMES)
+    scores = scored.scores([chat.id for chat in chats], NAMES)
     read = np.isfinite(scores).all(axis=1)
     if read.sum() < 20:
         raise UserError(

@@ -7,24 +7,24 @@ import numpy as np
 
 from assumptions.dimensions import NAMES, SIGNS
 from assumptions.doses import Curve
-from assumptions.elicitation import Elicitation
 from assumptions.evaluation import ProbeScore
 from assumptions.metrics import Figures
 from assumptions.ranges import DoseRange
+from assumptions.scoring import Scoring
 from assumptions.sources import Messages
 from assumptions.steered import Steered
 from shared.serialize import plain
 from shared.stats import spearman
 
 
-def elicitation_metrics(elicitation: Elicitation, messages: Messages) -> dict[str, Any]:
+def elicitation_metrics(scoring: Scoring, messages: Messages) -> dict[str, Any]:
     """Share of valid JSON, answers by status, and Spearman with the posterior mean by dimension where it is known."""
     metrics: dict[str, Any] = {
-        "json_valid": elicitation.valid_share(),
-        "elicitation_health": elicitation.health(),
+        "json_valid": scoring.answers.valid_share(),
+        "elicitation_health": scoring.answers.health(),
     }
     if messages.posterior_BK is not None:
-        scores = elicitation.scores([chat.id for chat in messages.chats], NAMES)
+        scores = scoring.scored.scores([chat.id for chat in messages.chats], NAMES)
         read = np.isfinite(scores).all(axis=1)
         metrics["spearman"] = {
             name: float(spearman(scores[read, k], messages.posterior_BK[read, k]))

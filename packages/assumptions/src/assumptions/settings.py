@@ -8,6 +8,7 @@ from assumptions.elicitation import ElicitationSettings, check
 from assumptions.families import FamilyName
 from assumptions.features import Span
 from assumptions.instruments import instrument
+from assumptions.scoring import Score, check_score
 from assumptions.steering import Scope, Unit
 from shared.errors import UserError
 
@@ -101,7 +102,8 @@ class AssumptionProbingConfig:
     """Settings of assumption_probing.
 
     `data`: "tinyworld" (held-out messages whose truth is known) or a file of chats, whose column names `columns` maps.
-    `instrument`: a name of `assumptions.instruments` that scores all nine dimensions; `engine` answers it. `again` test
+    `instrument`: a name of `assumptions.instruments` that scores all nine dimensions; `engine` answers it, and `score`
+    says which number is taken from the answers (`assumptions.scoring`). `again` test
     messages are elicited again under the study's directions and doses (0: none). On an embedded model `truth` test
     messages are elicited again along the planted directions, and `unguided` ones are asked without a grammar.
     """
@@ -111,6 +113,7 @@ class AssumptionProbingConfig:
     messages: int = 300
     instrument: str = "tinyworld_nine"
     engine: Literal["vllm", "hf"] = "vllm"
+    score: Score = "stated"
     elicitation: ElicitationSettings = field(default_factory=lambda: ElicitationSettings(max_tokens=256))
     span: Span = "user"
     shuffles: int = 5
@@ -141,6 +144,7 @@ class AssumptionProbingConfig:
         if self.judge.kind == "local" and not self.judge.model:
             raise UserError("judge.kind=local needs judge.model, the name or folder of the model that judges")
         check(instrument(self.instrument), self.elicitation)
+        check_score(self.score, self.elicitation)
 
 
 def _check_choices(config: AssumptionProbingConfig) -> None:
@@ -148,6 +152,7 @@ def _check_choices(config: AssumptionProbingConfig) -> None:
     steering = config.steering
     chosen: list[tuple[str, str, tuple[str, ...]]] = [
         ("engine", config.engine, ("vllm", "hf")),
+        ("score", config.score, get_args(Score)),
         ("span", config.span, get_args(Span)),
         ("judge.kind", config.judge.kind, ("lexical", "local", "server")),
         ("steering.kind", steering.kind, ("probe", "pattern")),

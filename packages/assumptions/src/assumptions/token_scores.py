@@ -76,6 +76,7 @@ class Node(NamedTuple):
 
 
 Numbers = dict[float, float]  # number: probability
+SAME = 0.1  # nats between two computations of one log-probability, in any dtype
 TextOf = Callable[[int, int], str]  # (token before, token) -> text that the token adds
 
 
@@ -185,6 +186,27 @@ def expected_scores(
             batch = [(by_row[r.id, r.row], r) for r in pending[start : start + settings.batch_size]]
             file.append(_scored(generator, tokenizer, instrument, batch, settings))
         return TokenScores([file.records[key] for key in sorted({key for r in records for key in _keys(r)})])
+
+
+def check_engine(generator: Generator, tokenizer: Any, instrument: Instrument, chat: Chat) -> None:
+    """UserError where expected values cannot be had: the engine tells no tokens, or renders prompts in another way.
+
+    One token is asked for twice, after the messages and after their ids: the likeliest tokens must be the same.
+    """
+    messages = instrument.messages(chat.turn, chat.history)
+    asked = [Request(messages), Request(prompt_ids(tokenizer, messages))]
+    told = [one for [one] in generator.generate(asked, Sampling(max_tokens=1, logprobs=1))]
+    if not all(one.token_ids and one.top_logprobs for one in told):
+        raise UserError(
+            "expected scores need an engine that tells token ids and log-probabilities, which this one does not: take "
+            "stated scores or the mean of samples, or another engine"
+        )
+    [(token, logprob)], [(other, again)] = (list(one.top_logprobs[0].items()) for one in told)
+    if token != other or abs(logprob - again) > SAME:
+        raise UserError(
+            "the engine continues the messages otherwise than their token ids: the tokenizer or its chat template "
+            "is not the one that the engine uses"
+        )
 
 
 def _keys(record: Record) -> list[Key]:

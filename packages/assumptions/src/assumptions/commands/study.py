@@ -16,6 +16,7 @@ from assumptions.elicitation import header
 from assumptions.instruments import instrument
 from assumptions.pipeline import PIPELINE, Step
 from assumptions.pipeline import run as run_pipeline
+from assumptions.scoring import asked_with, expected_path
 from assumptions.settings import AssumptionProbingConfig
 from shared.config import ConfigError, to_dataclass
 from shared.errors import UserError
@@ -51,11 +52,25 @@ def load_study(folder: Path) -> Study:
 
 
 def begin(folder: Path, study: Study, fingerprint: str) -> None:
-    """Make a study of a folder in which `answers.jsonl` answers its question; the pipeline finds them there."""
-    asked, settings = instrument(study.settings.instrument), study.settings.elicitation
-    name = answers_name("elicitation", header(asked, settings, fingerprint))
-    shutil.copyfile(folder / "answers.jsonl", folder / name)
-    write_json(folder / NAME, study)
+    """Make a study of a folder in which `answers.jsonl` answers its question; the pipeline finds them there.
+
+    A study that is there already keeps the settings and the results of its later steps, unless its file of messages has
+    other rows by now: then those steps are to be taken again.
+    """
+    config, path = study.settings, folder / NAME
+    question = header(
+        instrument(config.instrument), asked_with(config.score, config.elicitation), fingerprint
+    )
+    named = folder / answers_name("elicitation", question)
+    shutil.copyfile(folder / "answers.jsonl", named)
+    if config.score == "expected":
+        shutil.copyfile(expected_path(folder / "answers.jsonl"), expected_path(named))
+    if path.exists():
+        former = load_study(folder)
+        if former.settings.messages == config.messages:
+            return
+        study = replace(study, settings=replace(former.settings, messages=config.messages))
+    write_json(path, study)
 
 
 def advance(folder: Path, study: Study, last: Step) -> dict[str, Any]:
