@@ -383,6 +383,18 @@ class TestDirections:
         off = cosines([matched, *first]) - torch.eye(6, dtype=torch.float64)
         assert off.abs().max() < 0.5
 
+    def test_random_directions_of_dimensions_blocks_and_seeds_are_independent(self, study):
+        """No vector serves twice, as many cosines are small as of independent draws: SD 1 / sqrt(width)."""
+        matched = [probe_direction(study[4].probes[name]) for name in NAMES]
+        elsewhere = replace(matched[0], block=matched[0].block + 1)
+        families = [random_directions(one, 5) for one in (*matched, elsewhere)] + [
+            random_directions(matched[0], 5, seed=1)
+        ]
+        drawn = [one for family in families for one in family]
+        off = cosines(drawn)[~torch.eye(len(drawn), dtype=torch.bool)]
+        assert float(off.std()) == pytest.approx(len(matched[0].unit_D) ** -0.5, rel=0.15)
+        assert off.abs().max() < 0.6
+
     def test_dose_zero_edits_nothing(self, study, model):
         """T24: alpha 0 is the unedited model, bit for bit."""
         direction = probe_direction(study[4].probes[NAMES[0]])

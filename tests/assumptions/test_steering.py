@@ -303,11 +303,18 @@ class TestCoherence:
     def test_repetition_is_the_share_of_trigrams_seen_before(self, text, share):
         assert repetition(text) == pytest.approx(share)
 
-    def test_surprise_equals_a_slow_reference(self, model):
-        """Whatever the batch and its padding: T2, T3 for the measure of coherence."""
+    @pytest.mark.parametrize("held", [1, 3000, 2**25])
+    def test_surprise_equals_a_slow_reference(self, model, monkeypatch, held):
+        """Whatever the batch, its padding and how many logits are held: T2, T3 for the measure of coherence."""
+        monkeypatch.setattr("assumptions.coherence.LOGITS", held)
+        seen = []
+        handle = model.hf.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out.numel()))
         texts = ["praise the team", "rent", "", "advice, money and more advice"]
         replies = [Reply(chat.id, UNEDITED, 0.0, text, "stop") for chat, text in zip(ROWS, texts)]
         found = surprises(model, ROWS[:4], replies, batch_size=3)
+        handle.remove()
+        assert max(seen) <= max(held, 3 * model.architecture.vocab_size)
+        assert (len(seen) > 20) is (held == 1)
         for chat, text, one in zip(ROWS, texts, found):
             prompt = model.encode([chat.messages]).rows()[0]
             ids = model.tokenizer.encode(text, add_special_tokens=False)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from numpy import ndarray
 
 from assumptions.chats import Chat
@@ -25,6 +25,7 @@ from shared.models import Model
 from shared.tokens import encode_chat, pad
 
 REPETITION = 0.3
+LOGITS = 2**25  # held at a time: 128 MiB in float32
 EXCESS = 1.0
 
 
@@ -76,21 +77,48 @@ def surprises(
     return found
 
 
+@torch.no_grad()
 def _batch(model: Model, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Surprise]:
-    """Surprise of the second part of every row after its first."""
-    rows = [prompt + text for prompt, text in pairs]
-    lengths = [len(prompt) for prompt, _ in pairs]
-    batch = pad(rows, lengths, model.tokenizer.pad_token_id or 0, "right")
-    with torch.no_grad():
-        logits_BTV = model(batch)
-    found = []
-    for row, (prompt, text) in enumerate(pairs):
-        logits_TV = logits_BTV[row, len(prompt) - 1 : len(prompt) + len(text) - 1].float()
-        ids_T = torch.tensor(text, device=logits_TV.device)
-        found.append(
-            Surprise(float(torch.nn.functional.cross_entropy(logits_TV, ids_T, reduction="sum")), len(text))
-        )
-    return found
+    """Surprise of the second part of every row after its first.
+
+    The prompts are read once, the texts in stretches over their cache, so that no more than `LOGITS` logits are held
+    (one column's at least), however long the texts and large the vocabulary are.
+    """
+    from transformers import DynamicCache
+
+    pad_id = model.tokenizer.pad_token_id or 0
+    prompts, texts = zip(*pairs, strict=True)
+    before = pad(prompts, [len(prompt) for prompt in prompts], pad_id, "left").to(model.device)
+    after = pad(texts, [0] * len(texts), pad_id, "right").to(model.device)
+    ids_BT = torch.cat([before.input_ids_BT, after.input_ids_BT], 1)
+    mask_BT = torch.cat([before.attention_mask_BT, after.attention_mask_BT], 1)
+    lengths_B1 = before.prompt_lengths_B[:, None]
+    positions_BT = torch.cat([before.position_ids_BT, lengths_B1 + after.position_ids_BT], 1)
+    cache, first = DynamicCache(config=model.hf.config), before.input_ids_BT.shape[1] - 1
+    stretch = max(1, LOGITS // (len(pairs) * model.architecture.vocab_size))
+
+    def logits(start: int, stop: int, keep: int) -> Float[torch.Tensor, "B T V"]:
+        read: Float[torch.Tensor, "B T V"] = model.hf(
+            input_ids=ids_BT[:, start:stop],
+            attention_mask=mask_BT[:, :stop],
+            position_ids=positions_BT[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits
+        return read
+
+    if first:
+        logits(0, first, keep=1)
+    nats_B = torch.zeros(len(pairs), dtype=torch.float64)
+    for start in range(first, ids_BT.shape[1] - 1, stretch):
+        stop = min(start + stretch, ids_BT.shape[1] - 1)  # column t tells the token of column t + 1
+        logits_BTV, wanted_BT = logits(start, stop, keep=0), ids_BT[:, start + 1 : stop + 1]
+        each_BT = torch.nn.functional.cross_entropy(
+            logits_BTV.float().flatten(0, 1), wanted_BT.flatten(), reduction="none"
+        ).view_as(wanted_BT)
+        nats_B += (each_BT.double() * mask_BT[:, start + 1 : stop + 1]).sum(1).cpu()
+    return [Surprise(nats, len(text)) for nats, text in zip(nats_B.tolist(), texts, strict=True)]
 
 
 def coherent(replies: Sequence[Reply], surprise: Sequence[Surprise]) -> Bool[ndarray, " B"]:

@@ -80,7 +80,7 @@ def directions_by_block(
 
 def trial_family(direction: Direction, random: int, seed: int) -> list[Direction]:
     """A candidate and its random controls, named by their block; the controls differ from block to block."""
-    family = [direction, *random_directions(direction, random, seed + 1_000_003 * (direction.block + 1))]
+    family = [direction, *random_directions(direction, random, seed + 1_000_003)]
     return [replace(one, name=f"{one.name}.block{one.block}") for one in family]
 
 

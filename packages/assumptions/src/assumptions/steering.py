@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -98,11 +99,14 @@ def clamp(probes: Sequence[Probe], scores: Sequence[float], scope: Scope = "all"
 
 
 def random_directions(matched: Direction, count: int, seed: int = 0) -> list[Direction]:
-    """Random unit directions at the same block with the same scales: equal doses push equally far."""
-    draw = torch.Generator().manual_seed(seed)
+    """Random unit directions at the same block with the same scales: equal doses push equally far.
+
+    Those of another dimension, block or seed are others: no control is shared.
+    """
+    draw = np.random.default_rng([seed, matched.block, *matched.dimension.encode()])
     directions = []
     for number in range(count):
-        drawn_D = torch.randn(len(matched.unit_D), generator=draw, dtype=torch.float64)
+        drawn_D = torch.from_numpy(draw.standard_normal(len(matched.unit_D)))
         name = f"{matched.dimension}.random{number}"
         directions.append(replace(matched, name=name, kind="random", unit_D=drawn_D / drawn_D.norm()))
     return directions

@@ -31,6 +31,7 @@ from shared.tinyworld import EMBEDDED, social
 from shared.tinyworld.examiner import Examiner
 
 DELTAS = (-0.6, -0.3, 0.0, 0.3, 0.6)
+RANDOM = 5  # random directions of every dimension
 KINDS: tuple[Kind, ...] = ("probe", "pattern")
 
 
@@ -94,7 +95,7 @@ def steer_and_ask(
 
 
 def truth_families(planted: Planted, grounds: Grounds, seed: int = 0) -> dict[str, list[Direction]]:
-    """The four kinds of direction at the planted block: true, the probes', the patterns', and five random ones."""
+    """The four kinds of direction at the planted block: true, the probes', the patterns', and `RANDOM` beside each."""
     ground = Ground.of(grounds.features, grounds.split.train, planted.block)
     true = planted.directions(ground)
     fitted = {
@@ -116,7 +117,7 @@ def truth_families(planted: Planted, grounds: Grounds, seed: int = 0) -> dict[st
         "true": true,
         "ridge": fitted["probe"],
         "pattern": fitted["pattern"],
-        "random": random_directions(true[0], 5, seed),
+        "random": [control for one in true for control in random_directions(one, RANDOM, seed)],
     }
 
 
@@ -155,9 +156,20 @@ def truth_figures(closures: dict[str, Closure], chats: Sequence[Chat]) -> dict[s
         slopes, mean = figures[kind]["slope"], figures[kind]["slope_mean"]
         figures[kind] |= {"of_true": {name: slope / true[name] for name, slope in slopes.items()}}
         figures[kind] |= {"of_true_mean": mean / figures["true"]["slope_mean"]}
-    matrix = closures["random"].matrix
-    figures["random"] = {"slope_mean": float(matrix.mean()), "slope_largest": float(np.abs(matrix).max())}
+    figures["random"] = random_figures(closures["random"])
     return figures | {"ideal_slope": ideal_slope(chats)}
+
+
+def random_figures(closure: Closure) -> dict[str, Any]:
+    """Slopes of random directions: mean and largest of all; by dimension the largest on its own score and on any."""
+    matrix, of = closure.matrix, np.array(closure.targets)
+    own = {name: np.abs(matrix[of == name, closure.dimensions.index(name)]) for name in closure.targets}
+    return {
+        "slope_mean": float(matrix.mean()),
+        "slope_largest": float(np.abs(matrix).max()),
+        "on_target_largest": {name: float(slopes.max()) for name, slopes in own.items()},
+        "any_largest": {name: float(np.abs(matrix[of == name]).max()) for name in own},
+    }
 
 
 def ideal_slope(chats: Sequence[Chat]) -> float:
