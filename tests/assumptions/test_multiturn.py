@@ -21,7 +21,8 @@ from assumptions.expectations import (
     question,
     survey,
 )
-from assumptions.goals import carry_over, drift, drifts, goal_users, half_life, series, summarise, switch
+from assumptions.goal_users import goal_users
+from assumptions.goals import analyse, carry_over, drift, drifts, half_life, series, summarise, switch
 from assumptions.instruments import instrument
 from assumptions.mediation import mediate, paths
 from assumptions.mixed import fit_mixed
@@ -183,6 +184,16 @@ class TestSwitch:
         assert found.stickiness.estimate == pytest.approx(0.5**7)
         assert found.by_turn[:5] == pytest.approx([0.85] * 5)
         assert found.half_life_median == pytest.approx(1.0)
+
+    def test_a_conversation_that_ended_before_its_switch_has_none(self):
+        def turns(name, length):
+            return [Turn(name, t, "u", "r", {"user_rightness": 0.5}, "clean") for t in range(1, length + 1)]
+
+        modes = {"validation": turns("a", 4), "objectivity_to_validation": turns("a", 4) + turns("b", 2)}
+        found = analyse(modes, ["user_rightness"], 2)
+        assert found.switches["objectivity_to_validation"]["user_rightness"].conversations == 1
+        modes["objectivity_to_validation"] = turns("b", 2)
+        assert analyse(modes, ["user_rightness"], 2).switches == {}
 
     def test_drift_without_a_switch(self):
         rising = {f"c{i}": 0.3 + 0.02 * i * np.arange(1, 11) for i in (1, 2, 3)}

@@ -16,7 +16,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import UnionType
@@ -117,6 +117,15 @@ def write_rows(path: Path | str, rows: Iterable[object]) -> None:
     with atomic_path(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a CSV table, atomically: columns in order of first appearance, an empty cell for None and nan."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_path(Path(path)) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
 
 
 def split_rows(

@@ -210,5 +210,23 @@ def _curve_style(curve: Curve, number: int) -> dict[str, Any]:
     return {"color": PALETTE[1 + place % (len(PALETTE) - 2)], "linewidth": 1.2, "zorder": 2}
 
 
+def turns_chart(lines: Mapping[str, Mapping[str, Sequence[float]]], switched: Mapping[str, int]) -> "Figure":
+    """Scores over turns, one panel a kind of conversation; a line marks where a kind has switched its goal."""
+    figure, axes = subplots(columns=len(lines), width=3.6, height=3.4, sharey=True, squeeze=False)
+    for axis, (title, by_score) in zip(axes[0], lines.items(), strict=True):
+        for number, (name, values) in enumerate(by_score.items()):
+            color, style = PALETTE[number % len(PALETTE)], "-" if number < len(PALETTE) else "--"
+            axis.plot(
+                range(1, len(values) + 1), values, style, color=color, label=_label(name), linewidth=1.3
+            )
+        if title in switched:
+            axis.axvline(switched[title] + 0.5, color=PALETTE[-1], linewidth=0.8)
+        axis.set_title(_label(title))
+        axis.set_xlabel("turn")
+    axes[0][0].set_ylabel("mean score")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
+    return figure
+
+
 def _label(name: str) -> str:
     return name.replace("_", " ")

@@ -14,6 +14,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "assumptions.commands.steer",
         "steer replies along a study's probes, beside controls, and judge them",
     ),
+    "goals": ("assumptions.commands.goals", "follow people who change what they want, turn by turn"),
+    "transcripts": ("assumptions.commands.transcripts", "what is assumed at every turn of conversations"),
+    "survey": ("assumptions.commands.survey", "what people expect of an assistant and of a person"),
     "report": ("assumptions.commands.report", "write a study's page anew"),
     "monitor": (
         "assumptions.monitor.command",

@@ -121,6 +121,7 @@ def converse(
     condition: Condition | None = None,
     history: History = "reply_only",
     turns: int = 10,
+    guided: bool = False,
     elicit_with: Sampling | None = None,
     reply_with: Sampling | None = None,
     seed: int = 0,
@@ -128,7 +129,8 @@ def converse(
 ) -> list[Turn]:
     """Hold one conversation with every user, side by side, for at most `turns` turns; in order of turn and name.
 
-    `speaker` completes the requests of users that a model plays (UserError where one is needed and not given).
+    `speaker` completes the requests of users that a model plays (UserError where one is needed and not given); `guided`
+    answers follow the instrument's grammar, where the engine has one.
     """
     condition = condition or Condition(UNEDITED)
     elicit_with = elicit_with or Sampling(max_tokens=1024, logprobs=None)
@@ -141,7 +143,11 @@ def converse(
             break
         chats = [Chat(one.name, text, tuple(one.history)) for one, text in zip(going, said, strict=True)]
         asked = [
-            Request(instrument.messages(c.turn, c.history), seed=chat_seed(seed, f"{c.id}/{turn}"))
+            Request(
+                instrument.messages(c.turn, c.history),
+                json_schema=instrument.json_schema(instrument.dimensions) if guided else None,
+                seed=chat_seed(seed, f"{c.id}/{turn}"),
+            )
             for c in chats
         ]
         written = [one[0] for one in elicitor.generate(asked, elicit_with)]

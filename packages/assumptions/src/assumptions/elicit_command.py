@@ -13,7 +13,6 @@ other settings into the same folder the command refuses: a folder holds one elic
 """
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -21,11 +20,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-
 from assumptions.answer_file import once
-from assumptions.asking import OnDemand
 from assumptions.chats import Chat, read_chats
+from assumptions.commands.engine import add_engine, check_engine, named, open_engine
 from assumptions.commands.study import Study, begin
 from assumptions.dimensions import NAMES
 from assumptions.elicitation import ElicitationSettings, check
@@ -34,18 +31,16 @@ from assumptions.reliability import Measurement, orders, reliability, retests
 from assumptions.scoring import Score, Scored, check_score, score_chats
 from assumptions.settings import AssumptionProbingConfig, JudgeSettings
 from shared.commands import output_folder
+from shared.data import write_csv
 from shared.errors import UserError
-from shared.generation import Generator, HFGenerator, OpenAIGenerator, VLLMGenerator
 from shared.loading import load_tokenizer
-from shared.models import Model, ModelConfig, load
+from shared.models import Model, ModelConfig
 from shared.serialize import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `assumptions elicit`."""
-    parser.add_argument(
-        "--model", required=True, help="a folder, a Hugging Face id, tinyworld, or a server's model"
-    )
+    add_engine(parser)
     parser.add_argument(
         "--data", type=Path, required=True, help="messages: .csv, .jsonl, .json or a saved dataset"
     )
@@ -54,13 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--column", action="append", default=[], metavar="NAME=COLUMN", help="text=prompt, id=key ..."
     )
     parser.add_argument("--instrument", default="nine_scores")
-    parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm")
-    parser.add_argument(
-        "--server", help="address of an OpenAI-compatible server, ending in /v1, in place of --engine"
-    )
-    parser.add_argument("--requests-per-minute", type=float, help="rate limit of the server")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--free", action="store_true", help="no grammar: the answer is read leniently")
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -86,8 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Elicit, and write what was asked for."""
     asked, settings = instrument(arguments.instrument), _settings(arguments)
     check(asked, settings)
-    if arguments.engine == "hf" and not (arguments.free or arguments.server):
-        raise UserError("--engine hf has no grammar: add --free, or take vllm")
+    check_engine(arguments)
     score: Score = arguments.score or ("mean" if settings.samples > 1 else "stated")
     check_score(score, settings)
     if (arguments.score or arguments.retest or arguments.orders) and not asked.dimensions:
@@ -102,11 +89,9 @@ def main(arguments: argparse.Namespace) -> int:
     facets = _facets(arguments, asked, chats, settings)
     path = arguments.out / "answers.jsonl"
     once(arguments.out / "elicit.json", _question(arguments, settings, score), path)
-    config = ModelConfig(arguments.model, dtype=arguments.dtype)
-    model = None if arguments.server else load(config)
-    name = arguments.model if model is None else model.fingerprint
+    model, name, on_demand = open_engine(arguments)
     tokenizer = _tokenizer(arguments, model)
-    with closing(OnDemand(lambda: _engine(arguments, model))) as engine:
+    with closing(on_demand) as engine:
         answers, scored = score_chats(engine, tokenizer, asked, chats, path, settings, score, model=name)
         if asked.dimensions:
             _write_scores(arguments.out / "scores.csv", asked, chats, scored)
@@ -128,7 +113,7 @@ def _question(arguments: argparse.Namespace, settings: ElicitationSettings, scor
     return {
         "model": arguments.model,
         "dtype": arguments.dtype,
-        "engine": arguments.server or arguments.engine,
+        "engine": named(arguments),
         "data": str(arguments.data),
         "columns": _columns(arguments.column),
         "instrument": arguments.instrument,
@@ -181,13 +166,6 @@ def _columns(given: Sequence[str]) -> dict[str, str] | None:
     return {name: column for name, _, column in pairs} or None
 
 
-def _engine(arguments: argparse.Namespace, model: Model | None) -> Generator:
-    if model is None:
-        pace = arguments.requests_per_minute
-        return OpenAIGenerator(arguments.server, arguments.model, requests_per_minute=pace)
-    return HFGenerator(model) if arguments.engine == "hf" else VLLMGenerator(model.config)
-
-
 def _facets(
     arguments: argparse.Namespace, asked: Instrument, chats: Sequence[Chat], settings: ElicitationSettings
 ) -> dict[str, list[Measurement]]:
@@ -208,8 +186,7 @@ def _facets(
 def _write_scores(path: Path, asked: Instrument, chats: Sequence[Chat], scored: Scored) -> None:
     """One row a chat; an empty cell where there is no score."""
     table = scored.scores([chat.id for chat in chats], asked.dimensions)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", *asked.dimensions])
-        for chat, row in zip(chats, table, strict=True):
-            writer.writerow([chat.id, *("" if np.isnan(score) else repr(float(score)) for score in row)])
+    names = asked.dimensions
+    write_csv(
+        path, [{"id": c.id} | dict(zip(names, row.tolist())) for c, row in zip(chats, table, strict=True)]
+    )

@@ -11,7 +11,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from assumptions.dimensions import NAMES, dimension
 from assumptions.mixed import MixedFit, fit_mixed
-from shared.data import read_rows, write_rows
+from shared.data import DataError, raw_rows, read_rows, write_csv, write_rows
 from shared.errors import UserError
 from shared.stats import Interval, bootstrap_interval
 
@@ -102,8 +102,11 @@ def survey(
 
 
 def export_survey(path: Path | str, asked: Sequence[Asked]) -> None:
-    """Write the questions, one JSON line each; the ratings come back as lines with a further column `rating`."""
-    write_rows(Path(path), list(asked))
+    """Write the questions, a row each (.csv, else JSON lines); the ratings come back with a further column `rating`."""
+    if Path(path).suffix == ".csv":
+        write_csv(path, [asdict(one) for one in asked])
+    else:
+        write_rows(path, asked)
 
 
 def import_ratings(path: Path | str, asked: Sequence[Asked]) -> list[Rating]:
@@ -119,6 +122,25 @@ def import_ratings(path: Path | str, asked: Sequence[Asked]) -> list[Rating]:
             raise UserError(f"{path}, row {row}: {', '.join(key)} is answered twice")
         seen.add(key)
     return ratings
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """The column that a table of scores needs."""
+
+    id: str
+
+
+def read_scores(path: Path | str) -> dict[str, dict[str, float]]:
+    """A model's scores by query and dimension from a table with one row a query (`assumptions elicit`)."""
+    found: dict[str, dict[str, float]] = {}
+    for where, row in raw_rows(Path(path), _Ids):
+        cells = {name: row[name] for name in NAMES if row.get(name) not in (None, "")}
+        try:
+            found[str(row["id"])] = {name: float(cell) for name, cell in cells.items()}
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{where}: needed are a column id and scores as numbers ({error})") from None
+    return found
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -26,7 +27,9 @@ def load_messages(data: str, count: int, seed: int, columns: Mapping[str, str]) 
     A public set is written NAME:SOURCE or NAME/PART:SOURCE, for example `elephant_oeq:data/OEQ.csv` (`corpora`).
     """
     if data != "tinyworld":
-        return Messages(_public_set(data, count) or read_chats(data, columns or None)[:count], None)
+        if (known := public_set(data)) is not None:
+            return Messages(load_corpus(known.name, known.source, part=known.part, limit=count).chats(), None)
+        return Messages(read_chats(data, columns or None)[:count], None)
     from shared.tinyworld import social
 
     turns = social.sample_turns(count, seed=seed, split="test")
@@ -37,13 +40,19 @@ def load_messages(data: str, count: int, seed: int, columns: Mapping[str, str]) 
     return Messages(chats, np.array([turn.posterior_9[order] for turn in turns], dtype=float))
 
 
-def _public_set(data: str, count: int) -> list[Chat]:
-    """The chats of NAME[/PART]:SOURCE; none where `data` does not begin with the name of a set."""
+class PublicSet(NamedTuple):
+    """A public set as it is named on the command line: NAME[/PART]:SOURCE."""
+
+    name: str
+    part: str | None
+    source: str
+
+
+def public_set(data: str) -> PublicSet | None:
+    """The set that `data` names; None where it does not begin with the name of one."""
     name, _, source = data.partition(":")
     name, _, part = name.partition("/")
-    if not source or name not in CORPORA:
-        return []
-    return load_corpus(name, source, part=part or None, limit=count).chats()
+    return PublicSet(name, part or None, source) if source and name in CORPORA else None
 
 
 def moved_outcomes(data: str, dimension: str) -> Sequence[str]:

@@ -1,0 +1,57 @@
+"""Which model a command asks, and through which engine: options, and the engine they name."""
+
+import argparse
+from typing import NamedTuple
+
+from assumptions.asking import OnDemand
+from shared.errors import UserError
+from shared.generation import Generator, HFGenerator, OpenAIGenerator, VLLMGenerator
+from shared.models import Model, ModelConfig, load
+
+
+class Asked(NamedTuple):
+    """The model (None behind a server), what identifies it in files, and the engine, started at the first request."""
+
+    model: Model | None
+    name: str
+    engine: OnDemand
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that asks a model."""
+    parser.add_argument(
+        "--model", required=True, help="a folder, a Hugging Face id, tinyworld, or a server's model"
+    )
+    parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm")
+    parser.add_argument(
+        "--server", help="address of an OpenAI-compatible server, ending in /v1, in place of --engine"
+    )
+    parser.add_argument("--requests-per-minute", type=float, help="rate limit of the server")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--free", action="store_true", help="no grammar: the answer is read leniently")
+
+
+def check_engine(arguments: argparse.Namespace) -> None:
+    """UserError where the engine has no grammar and one is wanted."""
+    if arguments.engine == "hf" and not (arguments.free or arguments.server):
+        raise UserError("--engine hf has no grammar: add --free, or take vllm")
+
+
+def named(arguments: argparse.Namespace) -> str:
+    """Where answers come from: the server's address, or the name of the engine."""
+    return str(arguments.server or arguments.engine)
+
+
+def open_engine(arguments: argparse.Namespace) -> Asked:
+    """Load the model that is asked, where it is in this process; the engine starts when it is needed."""
+    config = ModelConfig(arguments.model, dtype=arguments.dtype)
+    model = None if arguments.server else load(config)
+    name = arguments.model if model is None else model.fingerprint
+    return Asked(model, name, OnDemand(lambda: _start(arguments, model)))
+
+
+def _start(arguments: argparse.Namespace, model: Model | None) -> Generator:
+    if model is None:
+        pace = arguments.requests_per_minute
+        return OpenAIGenerator(arguments.server, arguments.model, requests_per_minute=pace)
+    return HFGenerator(model) if arguments.engine == "hf" else VLLMGenerator(model.config)
