@@ -22,6 +22,7 @@ from circuits.hypotheses import (
     Thresholds,
     chosen_features,
     permutation_auroc,
+    permuted_labels,
     score_hypotheses,
     signed_features,
     strongest_features,
@@ -199,6 +200,32 @@ def test_what_fits_training_prompts_by_chance_does_not_hold():
     assert len(findings) > 20
     assert not [one for one in findings if one.holds]
     assert all(one.q >= one.p for one in findings)
+
+
+def test_permutation_p_of_clustered_prompts_keeps_its_level():
+    """Features that follow a noun and say nothing of the class: shuffling prompts finds what is not there."""
+    rng = np.random.default_rng(0)
+    noun = np.repeat(np.arange(24), np.resize([3, 8], 24))
+    inside = (np.arange(24) < 12)[noun]
+    features = rng.normal(size=(24, 400))[noun] + 0.3 * rng.normal(size=(len(noun), 400))
+    rates = [
+        float((permutation_auroc(features, inside, 400, rng, clusters)[1] <= 0.05).mean())
+        for clusters in (noun.astype(str).tolist(), None)
+    ]
+    assert rates[0] <= 0.08  # of 400, two standard errors are 0.022
+    assert rates[1] >= 0.25
+
+
+def test_labels_are_shuffled_over_whole_clusters_and_within_mixed_ones():
+    inside = np.array([True, True, False, False, True, False, True, False])
+    clusters = ["a", "a", "b", "b", "c", "c", "d", "e"]
+    draws = permuted_labels(inside, 200, np.random.default_rng(0), clusters)
+    assert (draws[:, 0] == draws[:, 1]).all()
+    assert (draws[:, 2] == draws[:, 3]).all()
+    assert (draws[:, 4:6].sum(1) == 1).all()  # the mixed one keeps its count
+    assert (draws[:, [0, 2, 6, 7]].sum(1) == 2).all()
+    assert 0.3 < draws[:, 0].mean() < 0.7
+    assert 0.3 < draws[:, 4].mean() < 0.7
 
 
 def test_permutation_p_counts_draws_as_far_from_a_half():

@@ -4,7 +4,8 @@ The paper's score (digest 1.9), with what it lacks. The feature of a signed neur
 summed over the positions where it has that sign, 0 where it is absent. On training prompts its AUROC for each class
 (one against the rest, ties a half) selects: at least `high`, or at most `low`, and optionally a mean |attribution|
 within the class. What is selected is scored again on test prompts about other things, with a two-sided permutation p
-(class labels shuffled over test prompts) and Benjamini-Hochberg q over everything that was selected. A finding holds
+(class labels shuffled over test prompts, or over the clusters that these come in) and Benjamini-Hochberg q over
+everything that was selected. A finding holds
 when q is at most `alpha` and its test AUROC still lies beyond the threshold. Neurons with the same set of classes
 form a group.
 """
@@ -89,8 +90,12 @@ def score_hypotheses(
     test_labels: Mapping[str, Sequence[str]],
     thresholds: Thresholds | None = None,
     seed: int = 0,
+    test_clusters: Sequence[str] | None = None,
 ) -> list[Finding]:
-    """Return every (neuron, class) selected on training prompts with its test score, p and q; the best first."""
+    """Return every (neuron, class) selected on training prompts with its test score, p and q; the best first.
+
+    `test_clusters` gives what each test prompt is about (see `permuted_labels`).
+    """
     from scipy.stats import false_discovery_control
 
     thresholds = thresholds or Thresholds()
@@ -106,7 +111,7 @@ def score_hypotheses(
             rows += [
                 (neurons[column], labelling, str(value), trained, tested, p)
                 for column, trained, tested, p in _score_class(
-                    train_BM, train == value, test_BM, test == value, thresholds, rng
+                    train_BM, train == value, test_BM, test == value, thresholds, rng, test_clusters
                 )
             ]
     if not rows:
@@ -135,6 +140,7 @@ def _score_class(
     test_in: NDArray[np.bool_],
     thresholds: Thresholds,
     rng: np.random.Generator,
+    clusters: Sequence[str] | None,
 ) -> list[tuple[int, float, float, float]]:
     """Return column, training AUROC, test AUROC and p of what one class selects."""
     trained_M = np.asarray(auroc(train_BM.T, np.broadcast_to(train_in, train_BM.T.shape)))
@@ -142,7 +148,7 @@ def _score_class(
     chosen = np.flatnonzero(strong_M & ((trained_M >= thresholds.high) | (trained_M <= thresholds.low)))
     if not len(chosen):
         return []
-    tested_m, p_m = permutation_auroc(test_BM[:, chosen], test_in, thresholds.permutations, rng)
+    tested_m, p_m = permutation_auroc(test_BM[:, chosen], test_in, thresholds.permutations, rng, clusters)
     return [
         (int(column), float(trained_M[column]), float(tested), float(p))
         for column, tested, p in zip(chosen, tested_m, p_m, strict=True)
@@ -150,18 +156,55 @@ def _score_class(
 
 
 def permutation_auroc(
-    features_Bm: NDArray[np.float64], inside_B: NDArray[np.bool_], permutations: int, rng: np.random.Generator
+    features_Bm: NDArray[np.float64],
+    inside_B: NDArray[np.bool_],
+    permutations: int,
+    rng: np.random.Generator,
+    clusters: Sequence[str] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return every column's AUROC and its two-sided permutation p, (1 + as far from a half) / (1 + permutations)."""
     from scipy.stats import rankdata
 
-    ranks_Bm, n_in = rankdata(features_Bm, axis=0), int(inside_B.sum())
-    n_pairs, lowest = n_in * (len(inside_B) - n_in), n_in * (n_in + 1) / 2
-    draws_PB = rng.permuted(np.broadcast_to(inside_B, (permutations, len(inside_B))), axis=1)
-    drawn_Pm = (draws_PB @ ranks_Bm - lowest) / n_pairs
-    observed_m = (inside_B @ ranks_Bm - lowest) / n_pairs
-    further_m = (np.abs(drawn_Pm - 0.5) >= np.abs(observed_m - 0.5) - 1e-12).sum(0)
-    return observed_m, (1 + further_m) / (1 + permutations)
+    ranks_Bm = rankdata(features_Bm, axis=0)
+    draws_PB = permuted_labels(inside_B, permutations, rng, clusters)
+    observed_1m, drawn_Pm = _areas(inside_B[None], ranks_Bm), _areas(draws_PB, ranks_Bm)
+    further_m = (np.abs(drawn_Pm - 0.5) >= np.abs(observed_1m - 0.5) - 1e-12).sum(0)
+    return observed_1m[0], (1 + further_m) / (1 + permutations)
+
+
+def permuted_labels(
+    inside_B: NDArray[np.bool_],
+    permutations: int,
+    rng: np.random.Generator,
+    clusters: Sequence[str] | None = None,
+) -> NDArray[np.bool_]:
+    """Return P x B shufflings of the labels of one class.
+
+    Prompts of one cluster (a noun, a city) resemble each other, so that they are not shuffled one by one: clusters that
+    lie wholly inside or outside the class exchange their labels, and those with both shuffle theirs within.
+    """
+    names = np.arange(len(inside_B)) if clusters is None else np.asarray(clusters)
+    cluster_B = np.unique(names, return_inverse=True)[1]
+    share_C = np.bincount(cluster_B, inside_B) / np.bincount(cluster_B)
+    whole_C = (share_C == 0) | (share_C == 1)
+    labels_PC = np.zeros((permutations, len(share_C)), dtype=bool)
+    labels_PC[:, whole_C] = rng.permuted(
+        np.broadcast_to(share_C[whole_C] == 1, (permutations, int(whole_C.sum()))), axis=1
+    )
+    draws_PB = labels_PC[:, cluster_B]
+    for mixed in np.flatnonzero(~whole_C):
+        members = np.flatnonzero(cluster_B == mixed)
+        own_PB = np.broadcast_to(inside_B[members], (permutations, len(members)))
+        draws_PB[:, members] = rng.permuted(own_PB, axis=1)
+    return draws_PB
+
+
+def _areas(inside_PB: NDArray[np.bool_], ranks_Bm: NDArray[np.float64]) -> NDArray[np.float64]:
+    """AUROC of every column under every labelling, from the columns' ranks (P x m)."""
+    n_in_P1 = inside_PB.sum(1, keepdims=True)
+    pairs_P1 = n_in_P1 * (inside_PB.shape[1] - n_in_P1)
+    area_Pm: NDArray[np.float64] = (inside_PB @ ranks_Bm - n_in_P1 * (n_in_P1 + 1) / 2) / pairs_P1
+    return area_Pm
 
 
 def tag_groups(findings: Sequence[Finding]) -> dict[tuple[str, ...], list[Signed]]:

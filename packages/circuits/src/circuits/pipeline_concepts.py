@@ -121,6 +121,7 @@ def hypothesis_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> 
             chosen_features(train, mask_2LN), labels[0],
             chosen_features(test, mask_2LN), labels[1],
             seed=run.seed,
+            test_clusters=study.test.clusters,
         )  # fmt: skip
         return [asdict(finding) for finding in findings]
 
