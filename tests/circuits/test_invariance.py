@@ -74,6 +74,33 @@ def test_attention_in_blocks_of_rows_equals_the_whole(llama, problem_of):
     torch.testing.assert_close((attention.mix(v_BKTX) * g_BKTY).sum(), (v_BKTX * whole).sum())
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_held_pattern_gives_the_same_products_also_of_a_prefix(llama, problem_of, window):
+    attention = replace(problem_of(llama, [LONG, SHORT]).network.blocks[1].attention, window=window)
+    held = attention.hold()
+    assert held.held_BGRTT is not None
+    generator = torch.Generator().manual_seed(0)
+    for stop in (8, 5):
+        keep = slice(0, stop)
+        rebuilt, kept = attention.select(slice(None), keep), held.select(slice(None), keep)
+        g_BKTY = torch.randn(2, 3, stop, 256, dtype=torch.float64, generator=generator)
+        for block in (2, 64):
+            products = (one.mix_transpose(g_BKTY, block) for one in (kept, rebuilt))
+            torch.testing.assert_close(*products, rtol=0, atol=1e-12)
+        torch.testing.assert_close(kept.pattern(1, 4), rebuilt.pattern(1, 4), rtol=0, atol=1e-12)
+
+
+def test_the_network_of_one_row_and_of_its_first_tokens_copies_nothing(llama, problem_of):
+    network = problem_of(llama, [LONG, SHORT]).network
+    row = network.row(1)
+    assert row.real_BT.all()
+    prefix = row.select(slice(None), slice(2))
+    storages = [x.blocks[1].neurons_BTN.untyped_storage().data_ptr() for x in (network, row, prefix)]
+    assert len(set(storages)) == 1
+    first = int(network.real_BT[1].nonzero()[0])
+    torch.testing.assert_close(prefix.embed_BTD[0], network.embed_BTD[1, first : first + 2], rtol=0, atol=0)
+
+
 def test_rebuilt_patterns_equal_the_models_own(any_model, problem_of):
     """Against the weights that the model's eager attention returns (shared.attention)."""
     from shared.attention import attention_patterns

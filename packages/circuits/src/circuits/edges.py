@@ -16,8 +16,10 @@ cotangents fit `max_bytes`. No token after a target can reach it, so a group of 
 For every target, embeddings + biases + all neurons = the activation (or the logit): digest I2.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -102,29 +104,64 @@ def direct_effects(
     """
     if len(network.embed_BTD) != 1:
         raise ValueError("edges are traced one example at a time: use network.row(index)")
-    effects = _no_effects(network, neurons, metric)
     position_S = torch.cat([neurons.position_n, metric.positions_BK[0]])
     row_bytes = COPIES * network.embed_BTD.shape[2] * network.embed_BTD.element_size()
-    written = [_Written.of(block) for block in network.blocks]
+    blocks = tuple(replace(block, attention=block.attention.hold()) for block in network.blocks)
+    network = replace(network, blocks=blocks)
+    effects = _no_effects(network, neurons, metric)
+    start_nD = _starts(network, neurons, effects)
+    levels = [_level(block, neurons, layer) for layer, block in enumerate(network.blocks)]
     for targets, stop in _groups(position_S, max_bytes // row_bytes):
-        _Sweep(_prefix(network, stop), neurons, metric, targets, effects, written, on_layer).run()
+        prefix = network.select(slice(None), slice(stop))  # later tokens cannot act on them
+        _Sweep(prefix, neurons, metric, targets, effects, start_nD, levels, on_layer).run()
     return effects
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What all neurons of a block together, and its biases where it has some, write into the stream."""
+class _Sources(NamedTuple):
+    """Some wanted sources of a layer by position: their columns, what their m distinct neurons write, which is whose.
 
+    `positions` are those of `position_h`, so that the sources that a prefix has are found without a look at the device.
+    """
+
+    source_h: Int[Tensor, " h"]
+    position_h: Int[Tensor, " h"]
+    write_Dm: Float[Tensor, "D m"]
+    place_h: Int[Tensor, " h"]
+    positions: list[int]
+
+
+class _Level(NamedTuple):
+    """What a layer holds for all groups: sources, and what its neurons together, and its biases, write."""
+
+    sources: list[_Sources]
     neurons_TD: Float[Tensor, "T D"]
     mlp_bias_TD: Float[Tensor, "T D"] | None
     attn_bias_TD: Float[Tensor, "T D"] | None
 
-    @classmethod
-    def of(cls, block: FrozenBlock) -> "_Written":
-        """Compute it once for all groups."""
-        biases = (block.mlp_bias()[0], block.attention_bias()[0])
-        neurons_TD = block.write_forward(block.neurons_BTN[:, None], bias=False)[0, 0]
-        return cls(neurons_TD, *(bias_TD if bias_TD.any() else None for bias_TD in biases))
+
+def _level(block: FrozenBlock, neurons: Neurons, layer: int) -> _Level:
+    return _Level(
+        sources=_sources(block, neurons, layer),
+        neurons_TD=block.write_forward(block.neurons_BTN[:, None], bias=False)[0, 0],
+        mlp_bias_TD=block.mlp_bias()[0] if block.affine else None,
+        attn_bias_TD=block.attention_bias()[0] if block.affine else None,
+    )
+
+
+def _sources(block: FrozenBlock, neurons: Neurons, layer: int) -> list[_Sources]:
+    """Split a layer's sources so that the products with a part's distinct neurons take no more than the stream."""
+    source_h = (neurons.layer_n == layer).nonzero()[:, 0]
+    source_h = source_h[neurons.position_n[source_h].argsort(stable=True)]
+    index_m, place_h = neurons.index_n[source_h].unique(return_inverse=True)
+    down_DN, parts = block.weights.down_DN, []
+    width = down_DN.shape[0]
+    for first in range(0, len(index_m), width):
+        here = (place_h // width == first // width).nonzero()[:, 0]
+        position_h = neurons.position_n[source_h[here]]
+        write_Dm = down_DN[:, index_m[first : first + width]]
+        place = place_h[here] - first
+        parts.append(_Sources(source_h[here], position_h, write_Dm, place, position_h.tolist()))
+    return parts
 
 
 def _no_effects(network: FrozenNetwork, neurons: Neurons, metric: Metric) -> DirectEffects:
@@ -148,6 +185,18 @@ def _no_effects(network: FrozenNetwork, neurons: Neurons, metric: Metric) -> Dir
     )
 
 
+def _starts(network: FrozenNetwork, neurons: Neurons, effects: DirectEffects) -> Float[Tensor, "n D"]:
+    """Return every target neuron's row on the stream that its MLP reads, and enter its own bias."""
+    start_nD = network.embed_BTD.new_empty(len(neurons), network.embed_BTD.shape[2])
+    for layer, block in enumerate(network.blocks):
+        here = (neurons.layer_n == layer).nonzero()[:, 0]
+        position, index = neurons.position_n[here], neurons.index_n[here]
+        start_nD[here] = input_rows(block, position, index)
+        if block.affine:
+            effects.own_S[here] = block.neuron_bias()[0, position, index]
+    return start_nD
+
+
 def _groups(position_S: Tensor, max_rows: int) -> Iterator[tuple[Tensor, int]]:
     """Yield groups of targets, the latest first, with the tokens they see; at most max_rows of targets times tokens.
 
@@ -163,14 +212,6 @@ def _groups(position_S: Tensor, max_rows: int) -> Iterator[tuple[Tensor, int]]:
         start += size
 
 
-def _prefix(network: FrozenNetwork, stop: int) -> FrozenNetwork:
-    """Return the network of the first `stop` tokens: later ones cannot act on them."""
-    if stop == network.embed_BTD.shape[1]:
-        return network
-    earlier_T = torch.arange(network.embed_BTD.shape[1], device=network.real_BT.device) < stop
-    return replace(network, real_BT=network.real_BT & earlier_T).row(0)
-
-
 class _Sweep:
     """A group of targets going down: their cotangents g (S T D), the latest layers first, and the columns they fill."""
 
@@ -181,18 +222,22 @@ class _Sweep:
         metric: Metric,
         targets: Tensor,
         effects: DirectEffects,
-        written: list[_Written],
+        start_nD: Float[Tensor, "n D"],
+        levels: list[_Level],
         on_layer: OnLayer | None,
     ) -> None:
         self.network, self.neurons, self.effects = network, neurons, effects
-        self.written, self.on_layer = written, on_layer
+        self.start_nD, self.levels, self.on_layer = start_nD, levels, on_layer
         n, (_, self.n_positions, width) = len(neurons), network.embed_BTD.shape
         self.depth, n_targets = network.depth(metric), metric.positions_BK.shape[1]
         # Twice the layer, and read-outs just above the blocks below them: the order in which targets join.
         joins_S = torch.cat([2 * neurons.layer_n, neurons.layer_n.new_full((n_targets,), 2 * self.depth - 1)])
         order = joins_S[targets].argsort(descending=True)
-        self.targets, self.joins_S = targets[order], joins_S[targets][order]
+        self.targets = targets[order]
+        layer_s = neurons.layer_n[targets[targets < n]]
+        self.joining = layer_s.bincount(minlength=len(network.blocks)).tolist()
         self.all_STD = network.embed_BTD.new_zeros(len(targets), self.n_positions, width)
+        self.layer_SL = network.embed_BTD.new_zeros(len(targets), len(network.blocks))
         self.active = 0
         read_outs = self.targets[self.targets >= n] - n
         self.metric = replace(
@@ -210,6 +255,7 @@ class _Sweep:
         """Walk all blocks from the last to the first, then read the embeddings."""
         for layer in reversed(range(len(self.network.blocks))):
             self._pass_block(layer)
+        self.effects.layer_SL[self.targets] = self.layer_SL
         embed_TD, learned_BTD = self.network.embed_BTD[0], self.network.position_BTD
         position_TD = torch.zeros_like(embed_TD) if learned_BTD is None else learned_BTD[0]
         seen = slice(self.n_positions)
@@ -225,12 +271,12 @@ class _Sweep:
         if self.active:
             self._read_mlp(block, layer)
         if not block.parallel:
-            self._join(block, layer)
+            self._join(layer)
         if self.active:
-            self._read_bias(self.effects.attn_bias_SLT, layer, self.written[layer].attn_bias_TD)
-            self.all_STD[: self.active] += block.attention_transpose(self.g_STD[None])[0]
+            self._read_bias(self.effects.attn_bias_SLT, layer, self.levels[layer].attn_bias_TD)
+            block.add_attention_transpose_(self.g_STD[None])
         if block.parallel:
-            self._join(block, layer)
+            self._join(layer)
 
     def _read(self, x_TD: Float[Tensor, "_ D"]) -> Float[Tensor, "S T"]:
         return torch.einsum("std,td->st", self.g_STD, x_TD[: self.n_positions])
@@ -240,23 +286,17 @@ class _Sweep:
             effect_SLT[self.targets[: self.active], layer, : self.n_positions] = self._read(bias_TD)
 
     def _read_mlp(self, block: FrozenBlock, layer: int) -> None:
-        joined, neurons, effects = self.targets[: self.active], self.neurons, self.effects
-        written = self.written[layer]
-        effects.layer_SL[joined, layer] = (
-            self.g_STD.flatten(1) @ written.neurons_TD[: self.n_positions].flatten()
-        )
-        self._read_bias(effects.mlp_bias_SLT, layer, written.mlp_bias_TD)
+        joined, level = self.targets[: self.active], self.levels[layer]
+        written_F = level.neurons_TD[: self.n_positions].flatten()
+        self.layer_SL[: self.active, layer] = self.g_STD.flatten(1) @ written_F
+        self._read_bias(self.effects.mlp_bias_SLT, layer, level.mlp_bias_TD)
         if self.on_layer is not None:
             self.on_layer(joined, layer, block.write_transpose(self.g_STD[None])[0] * block.neurons_BTN[0])
-        here = (neurons.layer_n == layer) & (neurons.position_n < self.n_positions)
-        for sources in here.nonzero()[:, 0].split(
-            self.n_positions
-        ):  # a part takes no more than the stream itself
-            position = neurons.position_n[sources]
-            raw_hD = block.weights.down_DN[:, neurons.index_n[sources]].T
-            write_hD = _at(block.mlp_post, position).forward(raw_hD[None, None], shift=False)[0, 0]
-            seen_hSD = self.g_STD.transpose(0, 1)[position]
-            effects.unit_Sn[joined[:, None], sources] = torch.bmm(seen_hSD, write_hD[..., None])[..., 0].T
+        read_STD = block.mlp_post.transpose(self.g_STD[None])[0]
+        for part in level.sources:
+            seen = slice(bisect_left(part.positions, self.n_positions))
+            unit_Sh = (read_STD @ part.write_Dm)[:, part.position_h[seen], part.place_h[seen]]
+            self.effects.unit_Sn[joined[:, None], part.source_h[seen]] = unit_Sh
 
     def _join_read_outs(self) -> None:
         """Start the metric's targets at the stream that it reads."""
@@ -265,16 +305,13 @@ class _Sweep:
             self.all_STD[self.active : self.active + count] = self.network.seed(self.metric)[0]
             self.active += count
 
-    def _join(self, block: FrozenBlock, layer: int) -> None:
-        """Add this block's target neurons as one-hot cotangents pulled back to the stream their MLP reads."""
-        joining = self.targets[self.joins_S == 2 * layer]
-        if not len(joining):
-            return
-        position, index = self.neurons.position_n[joining], self.neurons.index_n[joining]
-        rows = self.active + torch.arange(len(joining), device=position.device)
-        self.all_STD[rows, position] = input_rows(block, position, index)
-        self.active += len(joining)
-        self.effects.own_S[joining] = block.neuron_bias()[0, position, index]
+    def _join(self, layer: int) -> None:
+        """Add this block's target neurons, each a row at its position."""
+        count = self.joining[layer]
+        joining = self.targets[self.active : self.active + count]
+        rows = torch.arange(self.active, self.active + count, device=joining.device)
+        self.all_STD[rows, self.neurons.position_n[joining]] = self.start_nD[joining]
+        self.active += count
 
 
 def _at(norm: FrozenNorm, position_n: Tensor) -> FrozenNorm:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.frozen_attention import Columns
 from circuits.layers import Cotangent, FrozenBlock, FrozenNorm
 from circuits.metric import LOGITS, Metric, MetricError
 from circuits.rules import Rules, soft_cap_coefficient
@@ -140,15 +141,21 @@ class FrozenNetwork:
         return value_BK + self.logit_bias(metric) if bias else value_BK
 
     def row(self, index: int) -> "FrozenNetwork":
-        """Return the frozen network of one example, its padding cut off (B becomes 1)."""
-        keep_S, one = self.real_BT[index].nonzero()[:, 0], slice(index, index + 1)
+        """Return the frozen network of one example, its padding cut off (B becomes 1); nothing is copied."""
+        keep_S = self.real_BT[index].nonzero()[:, 0]
+        first, stop = (int(keep_S[0]), int(keep_S[-1]) + 1) if len(keep_S) else (0, 0)
+        contiguous = len(keep_S) == stop - first  # padding lies at the ends
+        return self.select(slice(index, index + 1), slice(first, stop) if contiguous else keep_S)
+
+    def select(self, rows: slice, keep: Columns) -> "FrozenNetwork":
+        """Return the frozen network of some examples at some columns."""
         tensors: dict[str, Any] = {
-            name: None if getattr(self, name) is None else getattr(self, name)[one][:, keep_S]
+            name: None if getattr(self, name) is None else getattr(self, name)[rows][:, keep]
             for name in ("final_BTD", "embed_BTD", "position_BTD", "logits_BTV", "input_ids_BT", "real_BT")
         }
         return replace(
             self,
-            blocks=tuple(block.select(one, keep_S) for block in self.blocks),
-            final_norm=self.final_norm.select(one, keep_S),
+            blocks=tuple(block.select(rows, keep) for block in self.blocks),
+            final_norm=self.final_norm.select(rows, keep),
             **tensors,
         )

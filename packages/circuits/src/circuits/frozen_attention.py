@@ -23,6 +23,9 @@ ROWS = (
 )
 
 
+Columns = slice | Int[Tensor, " S"]  # a slice gives views, increasing indices copies
+
+
 @dataclass(frozen=True)
 class FrozenAttention:
     """What rebuilds one layer's pattern: rotated queries and keys, scale, soft cap, window, and the real tokens.
@@ -37,20 +40,30 @@ class FrozenAttention:
     window: int | None
     real_BT: Bool[Tensor, "B T"]
     softmax_dtype: torch.dtype
+    held_BGRTT: Float[Tensor, "B G R T T"] | None = None
 
     @property
     def groups(self) -> int:
         """Query heads a key/value head."""
         return self.query_BHTd.shape[1] // self.key_BGTd.shape[1]
 
-    def select(self, rows: slice, keep_S: Int[Tensor, " S"]) -> "FrozenAttention":
+    def select(self, rows: slice, keep: Columns) -> "FrozenAttention":
         """Return the attention of some examples with only the columns `keep` (their real ones)."""
+        held_BGRTT = self.held_BGRTT
         return replace(
             self,
-            query_BHTd=self.query_BHTd[rows][:, :, keep_S],
-            key_BGTd=self.key_BGTd[rows][:, :, keep_S],
-            real_BT=self.real_BT[rows][:, keep_S],
+            query_BHTd=self.query_BHTd[rows][:, :, keep],
+            key_BGTd=self.key_BGTd[rows][:, :, keep],
+            real_BT=self.real_BT[rows][:, keep],
+            held_BGRTT=None if held_BGRTT is None else held_BGRTT[rows][:, :, :, keep][..., keep],
         )
+
+    def hold(self) -> "FrozenAttention":
+        """Return the same with its pattern held, for many uses of a short prompt (a long one is always rebuilt)."""
+        if self.query_BHTd.shape[2] > ROWS:
+            return self
+        rows_Q = torch.arange(self.query_BHTd.shape[2], device=self.query_BHTd.device)
+        return replace(self, held_BGRTT=self._pattern(rows_Q)[1].unflatten(2, (self.groups, -1)))
 
     def pattern(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "B H Q T"]:
         """Return the pattern of query rows start to stop over all keys; rows that may see nothing are zero."""
@@ -79,17 +92,24 @@ class FrozenAttention:
 
     def mix_transpose(self, g_BKTY: Float[Tensor, "B K T Y"], block: int = ROWS) -> Float[Tensor, "B K T X"]:
         """Pull a cotangent on the heads back to the values, rebuilding the pattern `block` query rows at a time."""
-        n_groups, (n_batch, n_targets, n_keys, _) = self.key_BGTd.shape[1], g_BKTY.shape
-        g_BKTGRd = g_BKTY.unflatten(-1, (n_groups, self.groups, -1))
-        total_BGTZ = g_BKTY.new_zeros(n_batch, n_groups, n_keys, n_targets * g_BKTGRd.shape[-1])
-        for rows in self._blocks(None, block):
-            first, pattern_BGPS = self._pattern(rows)
-            part_BGPZ = (
-                g_BKTGRd[:, :, rows[0] : rows[-1] + 1].permute(0, 3, 4, 2, 1, 5).flatten(2, 3).flatten(-2)
-            )
-            seen = slice(first, first + pattern_BGPS.shape[-1])
-            total_BGTZ[:, :, seen] += pattern_BGPS.transpose(-1, -2) @ part_BGPZ
+        n_groups, n_targets = self.key_BGTd.shape[1], g_BKTY.shape[1]
+        g_BGRTKd = g_BKTY.unflatten(-1, (n_groups, self.groups, -1)).permute(0, 3, 4, 2, 1, 5)
+        parts = self._blocks(None, block)
+        if len(parts) == 1:
+            total_BGTZ = self._pull(g_BGRTKd, parts[0])[1]
+        else:
+            n_batch, _, _, n_keys, _, width = g_BGRTKd.shape
+            total_BGTZ = g_BKTY.new_zeros(n_batch, n_groups, n_keys, n_targets * width)
+            for rows in parts:
+                first, part_BGSZ = self._pull(g_BGRTKd, rows)
+                total_BGTZ[:, :, first : first + part_BGSZ.shape[2]] += part_BGSZ
         return total_BGTZ.unflatten(-1, (n_targets, -1)).permute(0, 3, 2, 1, 4).flatten(-2)
+
+    def _pull(self, g_BGRTKd: Tensor, rows_Q: Tensor) -> tuple[int, Float[Tensor, "B G S Z"]]:
+        """Return the first key that a block of consecutive rows sees, and what reaches the keys from these rows."""
+        first, pattern_BGPS = self._pattern(rows_Q)
+        part_BGPZ = g_BGRTKd[:, :, :, rows_Q[0] : rows_Q[-1] + 1].flatten(2, 3).flatten(-2)
+        return first, pattern_BGPS.transpose(-1, -2) @ part_BGPZ
 
     def scores(self, rows_Q: Int[Tensor, " Q"]) -> tuple[int, Float[Tensor, "B G P S"]]:
         """Return the first key that the rows see and their scores before the softmax, -inf where they may not look.
@@ -105,6 +125,10 @@ class FrozenAttention:
         return first, score_BGPS.masked_fill_(blocked, -torch.inf)
 
     def _pattern(self, rows_Q: Tensor) -> tuple[int, Float[Tensor, "B G P S"]]:
+        if self.held_BGRTT is not None:
+            if len(rows_Q) == self.held_BGRTT.shape[3]:
+                return 0, self.held_BGRTT.flatten(2, 3)
+            return 0, self.held_BGRTT[:, :, :, rows_Q, : int(rows_Q[-1]) + 1].flatten(2, 3)
         first, score_BGPS = self.scores(rows_Q)
         pattern_BGPS = score_BGPS.softmax(-1, self.softmax_dtype).to(score_BGPS.dtype)
         if not self.real_BT.all():  # a row of padding that sees nothing

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.frozen_attention import FrozenAttention
+from circuits.frozen_attention import Columns, FrozenAttention
 
 if TYPE_CHECKING:
     from shared.blocks import BlockView
@@ -55,9 +55,16 @@ class FrozenNorm:
         g_BKTD = g_BKTD * self.scale_BTD[:, None]
         return g_BKTD - g_BKTD.mean(-1, keepdim=True) if self.centred else g_BKTD
 
-    def select(self, rows: slice, keep_S: Int[Tensor, " S"]) -> "FrozenNorm":
+    def add_transpose_(self, total_BKTD: Cotangent, g_BKTD: Cotangent) -> None:
+        """Add the same to a total in place, without the product's tensor where it can be."""
+        if self.identical or self.centred:
+            total_BKTD += self.transpose(g_BKTD)
+        else:
+            total_BKTD.addcmul_(g_BKTD, self.scale_BTD[:, None])
+
+    def select(self, rows: slice, keep: Columns) -> "FrozenNorm":
         """Return the norm of some examples at the columns `keep`."""
-        return replace(self, scale_BTD=self.scale_BTD[rows][:, keep_S])
+        return replace(self, scale_BTD=self.scale_BTD[rows][:, keep])
 
 
 @dataclass(frozen=True)
@@ -155,20 +162,20 @@ class FrozenBlock:
         norms = (self.attn_norm, self.attn_post, self.mlp_norm, self.mlp_post)
         return any(b is not None for b in biases) or any(norm.shift_D is not None for norm in norms)
 
-    def select(self, rows: slice, keep_S: Int[Tensor, " S"]) -> "FrozenBlock":
+    def select(self, rows: slice, keep: Columns) -> "FrozenBlock":
         """Return the block of some examples with only the columns `keep` (see `FrozenAttention.select`)."""
         norms = {
-            name: getattr(self, name).select(rows, keep_S)
+            name: getattr(self, name).select(rows, keep)
             for name in ("attn_norm", "attn_post", "mlp_norm", "mlp_post")
         }
         return replace(
             self,
             **norms,
-            attention=self.attention.select(rows, keep_S),
-            gate_BTN=None if self.gate_BTN is None else self.gate_BTN[rows][:, keep_S],
-            up_BTN=self.up_BTN[rows][:, keep_S],
-            neurons_BTN=self.neurons_BTN[rows][:, keep_S],
-            output_BTD=self.output_BTD[rows][:, keep_S],
+            attention=self.attention.select(rows, keep),
+            gate_BTN=None if self.gate_BTN is None else self.gate_BTN[rows][:, keep],
+            up_BTN=self.up_BTN[rows][:, keep],
+            neurons_BTN=self.neurons_BTN[rows][:, keep],
+            output_BTD=self.output_BTD[rows][:, keep],
         )
 
     def attention_forward(self, x_BKTD: Cotangent, bias: bool = True) -> Cotangent:
@@ -199,8 +206,14 @@ class FrozenBlock:
 
     def attention_transpose(self, g_BKTD: Cotangent) -> Cotangent:
         """Pull a cotangent on the residual stream after attention back through the OV paths alone."""
-        value_BKTX = self.attention.mix_transpose(self.heads_transpose(g_BKTD))
-        return self.attn_norm.transpose(value_BKTX @ self.weights.value_XD)
+        return self.attn_norm.transpose(self._values_transpose(g_BKTD))
+
+    def add_attention_transpose_(self, g_BKTD: Cotangent) -> None:
+        """Add the same to the cotangent, in place."""
+        self.attn_norm.add_transpose_(g_BKTD, self._values_transpose(g_BKTD))
+
+    def _values_transpose(self, g_BKTD: Cotangent) -> Cotangent:
+        return self.attention.mix_transpose(self.heads_transpose(g_BKTD)) @ self.weights.value_XD
 
     def attention_bias(self) -> Float[Tensor, "B T D"]:
         """Return the constant that value, output and norm biases write at each position (pattern rows sum to 1)."""
