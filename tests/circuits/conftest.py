@@ -7,7 +7,7 @@ import torch
 
 from circuits.attribution import Problem, pose
 from circuits.metric import top_logits
-from shared.architecture import FAMILIES
+from shared.families import FAMILIES
 from shared.models import Model, ModelConfig, load
 from shared.tokens import pad
 
@@ -18,7 +18,7 @@ ROWS = [[1, 40, 77, 9, 120, 33, 201], [1, 90, 13, 55, 7]]
 
 @pytest.fixture(scope="session")
 def random_models() -> dict[str, Model]:
-    """Filled on demand: loading all ten families takes seconds."""
+    """Filled on demand: loading all families takes seconds."""
     return {}
 
 

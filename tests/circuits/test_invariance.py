@@ -12,7 +12,7 @@ from circuits.linearize import LinearizeError
 from circuits.metric import token_logits, top_logits
 from circuits.relp import relp
 from circuits.selfcheck import check
-from shared.architecture import FAMILIES
+from shared.families import FAMILIES
 from shared.models import ModelConfig, load
 
 LONG, SHORT = [1, 40, 77, 9, 120, 33, 201, 17], [1, 90, 13, 55, 7]
@@ -150,6 +150,7 @@ def test_model_is_bit_identical_after_tracing(llama, problem_of, estimator):
 def test_every_family_is_covered():
     assert set(FAMILIES) == {
         "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "gpt_neox", "gpt2",
+        "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
     }  # fmt: skip
 
 

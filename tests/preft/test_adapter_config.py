@@ -13,10 +13,13 @@ from preft_cases import prompt, stir
 
 from preft.adapters import Adapter, AdapterConfig, AdapterError, target_paths
 from preft.forward import masked_logits
-from shared.architecture import FAMILIES
+from shared.families import FAMILIES
 from shared.models import Model
 from shared.random_models import random_model
 from shared.tokens import Phase, pad
+
+DENSE = sorted(name for name, row in FAMILIES.items() if not row.experts)
+EXPERTS = sorted(set(FAMILIES) - set(DENSE))
 
 
 @cache
@@ -46,7 +49,7 @@ LAYERS = st.none() | st.lists(st.integers(0, 2), min_size=1, unique=True).map(tu
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    family=st.sampled_from(sorted(FAMILIES)),
+    family=st.sampled_from(DENSE),
     method=st.sampled_from(["lora", "direft", "loreft", "nodireft", "noreft"]),
     common=st.fixed_dictionaries(
         {"rank": st.integers(1, 12), "phase": st.sampled_from(list(Phase)), "layers": LAYERS}
@@ -73,7 +76,22 @@ def test_a_fresh_adapter_of_any_configuration_changes_no_bit(
     assert not torch.equal(masked_logits(hf, stir(adapter, seed), batch), base)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", EXPERTS)
+def test_mixtures_of_experts_are_adapted_in_attention_and_the_stream(family: str) -> None:
+    batch, attention = pad([prompt(9), prompt(6, 1)], [5, 3], 0), ("q_proj", "k_proj", "v_proj", "o_proj")
+    for config in (AdapterConfig(target_modules=attention), AdapterConfig("loreft")):
+        hf = tiny(family)
+        base, adapter = masked_logits(hf, None, batch), Adapter.create(hf, config)
+        assert torch.equal(masked_logits(hf, adapter, batch), base)
+        assert not torch.equal(masked_logits(hf, stir(adapter, 0), batch), base)
+    with pytest.raises(AdapterError, match="'experts'.* not in this model"):
+        Adapter.create(tiny(family), AdapterConfig(target_modules=("experts",)))
+    if FAMILIES[family].shared_expert:
+        with pytest.raises(AdapterError, match="shared_expert.* inside a mixture of experts.*o_proj"):
+            Adapter.create(tiny(family), AdapterConfig())
+
+
+@pytest.mark.parametrize("family", DENSE)
 def test_all_linear_means_what_it_means_in_peft(family: str) -> None:
     from peft import LoraConfig, get_peft_model
 

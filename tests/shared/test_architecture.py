@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shared.architecture import FAMILIES, ArchitectureError, SiteError
+from shared.architecture import ArchitectureError, SiteError
 from shared.checks import block_identities, check
+from shared.families import FAMILIES
 from shared.hooks import capture
 from shared.models import load
 
@@ -54,11 +55,15 @@ def test_unknown_sites_are_refused_by_name(model):
 def test_the_self_check_names_a_wrong_row(model):
     right = model.architecture.row
     wrong_rows = {"residual in block 0": replace(right, o=right.down, down=right.o)}
+    if right.experts:
+        wrong_rows = {
+            "attn_norm in block 0": replace(right, attn_norm=right.mlp_norm, mlp_norm=right.attn_norm)
+        }
     if right.fused == "none":
         wrong_rows["heads in block 0"] = replace(right, k=right.v, v=right.k)
     if right.fused == "per_head":
         wrong_rows = {"heads in block 0": replace(right, fused="stacked")}
-    if model.architecture.gated and not right.fused_gate_up:
+    if model.architecture.gated and not right.fused_gate_up and not right.experts:
         wrong_rows["neurons in block 0"] = replace(right, gate=right.up, up=right.gate)
     if right.attn_norm:
         other = "rms_plus_one" if right.norm == "rms" else "rms"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from shared.architecture import FAMILIES
 from shared.attention import attention_patterns
 from shared.checks import heads_from
+from shared.families import FAMILIES
 from shared.hooks import capture, edit
 from shared.interventions import Add
 from shared.models import load

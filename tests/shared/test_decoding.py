@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shared.architecture import FAMILIES
 from shared.decoding import choose, nucleus
 from shared.errors import UserError
+from shared.families import FAMILIES
 from shared.hooks import capture, edit
 from shared.interventions import Add, Interchange, LowRank, Scale
 from shared.models import load

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.architecture import FAMILIES
 from shared.errors import UserError
+from shared.families import FAMILIES
 from shared.hooks import capture, edit
 from shared.interventions import Scale
 from shared.models import ModelConfig, load

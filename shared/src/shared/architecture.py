@@ -1,10 +1,13 @@
 """Where every model family keeps its blocks, norms, projections, neurons and unembedding: one table, one accessor.
 
-1. A `Family` row names the modules of one Hugging Face family by path.
+1. A `Family` row names the modules of one Hugging Face family by path (`shared.families`).
 2. `Architecture` binds a row to a loaded model and turns a site name into a `Slot`: which module, its input or its
    output, and, where the weights are fused (Phi-3, GPT-NeoX, GPT-2), which columns.
 3. The same columns cut the fused weights, so capture, edit and weights always agree (`shared.blocks`).
 4. `shared.checks.check` runs the model once and compares what the table says with what the model computes.
+
+The neurons of a mixture-of-experts MLP are those of all experts side by side (`shared.experts`). Where blocks differ
+in width, all have the widest one's: a narrower block's sites end in zeros that no edit can change.
 
 Shape letters: B batch, T token, D width, N neurons, H query heads, G key/value heads, d head width, V vocabulary.
 """
@@ -18,9 +21,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from shared.errors import UserError
+from shared.experts import TAPS, ExpertSizes
+from shared.families import FAMILIES
 
 if TYPE_CHECKING:
     from shared.blocks import BlockView, NormView
@@ -36,112 +42,6 @@ class SiteError(UserError):
     """A site name that this model does not have."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """Module paths of one model family; block paths are relative to one block."""
-
-    model_type: str
-    layers: str = "model.layers"
-    embed: str = "model.embed_tokens"
-    position: str | None = None
-    final_norm: str = "model.norm"
-    unembed: str = "lm_head"
-    attn: str = "self_attn"
-    q: str = "self_attn.q_proj"
-    k: str = "self_attn.k_proj"
-    v: str = "self_attn.v_proj"
-    o: str = "self_attn.o_proj"
-    q_norm: str | None = None
-    k_norm: str | None = None
-    gate: str | None = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    attn_norm: str | None = "input_layernorm"
-    mlp_norm: str | None = "post_attention_layernorm"
-    attn_post_norm: str | None = None
-    mlp_post_norm: str | None = None
-    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
-    fused: Literal["none", "stacked", "per_head"] = "none"
-    fused_gate_up: bool = False
-    act: str = "mlp.act_fn"
-
-
-_LLAMA = Family("llama")
-_SANDWICH: dict[str, Any] = {
-    "attn_post_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
-    "norm": "rms_plus_one",
-}
-_QK_NORM: dict[str, Any] = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": replace(_LLAMA, model_type="mistral"),
-    "qwen2": replace(_LLAMA, model_type="qwen2"),
-    "qwen3": replace(_LLAMA, model_type="qwen3", **_QK_NORM),
-    "gemma2": replace(_LLAMA, model_type="gemma2", **_SANDWICH),
-    "gemma3": replace(_LLAMA, model_type="gemma3_text", **_SANDWICH, **_QK_NORM),
-    "olmo2": replace(
-        _LLAMA,
-        model_type="olmo2",
-        attn_norm=None,
-        mlp_norm=None,
-        attn_post_norm="post_attention_layernorm",
-        mlp_post_norm="post_feedforward_layernorm",
-        **_QK_NORM,
-    ),
-    "phi3": replace(
-        _LLAMA,
-        model_type="phi3",
-        q="self_attn.qkv_proj",
-        k="self_attn.qkv_proj",
-        v="self_attn.qkv_proj",
-        fused="stacked",
-        gate="mlp.gate_up_proj",
-        up="mlp.gate_up_proj",
-        fused_gate_up=True,
-        act="mlp.activation_fn",
-    ),
-    "gpt_neox": Family(
-        model_type="gpt_neox",
-        layers="gpt_neox.layers",
-        embed="gpt_neox.embed_in",
-        final_norm="gpt_neox.final_layer_norm",
-        attn="attention",
-        q="attention.query_key_value",
-        k="attention.query_key_value",
-        v="attention.query_key_value",
-        o="attention.dense",
-        gate=None,
-        up="mlp.dense_h_to_4h",
-        down="mlp.dense_4h_to_h",
-        norm="layer",
-        fused="per_head",
-        act="mlp.act",
-    ),
-    "gpt2": Family(
-        model_type="gpt2",
-        layers="transformer.h",
-        embed="transformer.wte",
-        position="transformer.wpe",
-        final_norm="transformer.ln_f",
-        attn="attn",
-        q="attn.c_attn",
-        k="attn.c_attn",
-        v="attn.c_attn",
-        o="attn.c_proj",
-        gate=None,
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        attn_norm="ln_1",
-        mlp_norm="ln_2",
-        norm="layer",
-        fused="stacked",
-        act="mlp.act",
-    ),
-}
-
 # Order in which one forward pass reaches a block's sites; nnsight must be asked in this order.
 BLOCK_SITES = (
     "input",
@@ -152,12 +52,14 @@ BLOCK_SITES = (
     "heads",
     "attn_out",
     "mlp_norm",
+    "routing",
     "gate",
     "up",
     "neurons",
     "mlp_out",
     "output",
 )
+NEURON_SITES = ("gate", "up", "neurons")
 _SITE = re.compile(r"^blocks\.(\d+)\.(\w+)$")
 
 
@@ -165,8 +67,8 @@ _SITE = re.compile(r"^blocks\.(\d+)\.(\w+)$")
 class Slot:
     """How one site is read and written: a module's input or output, and which columns of it.
 
-    `attribute` names the field of a structured output (the logits), `item` the element of a tuple (read only);
-    `rank` sorts slots in execution order.
+    `attribute` names the field of a structured output (the logits), `item` the element of a tuple (read only); `pad`
+    zeros stand behind the module's own values; `rank` sorts slots in execution order.
     """
 
     path: str
@@ -175,17 +77,20 @@ class Slot:
     columns: Columns | None = field(default=None, compare=False)
     attribute: str | None = None
     item: int | None = None
+    pad: int = 0
 
     def take(self, value: Any) -> Tensor:
         """Cut the site's tensor out of the module's value."""
         tensor = getattr(value, self.attribute) if self.attribute else value
         tensor = tensor if self.item is None else tensor[self.item]
-        return tensor if self.columns is None else tensor[..., self.columns]
+        tensor = tensor if self.columns is None else tensor[..., self.columns]
+        return nn.functional.pad(tensor, (0, self.pad)) if self.pad else tensor
 
     def put(self, value: Any, tensor: Tensor) -> Any:
         """Return the module's value with the site's tensor replaced; `value` itself is left alone."""
         if self.attribute:
             return replace(value, **{self.attribute: tensor})
+        tensor = tensor[..., : tensor.shape[-1] - self.pad]
         if self.columns is None:
             return tensor
         whole = value.clone()
@@ -198,9 +103,15 @@ def family_of(config: Any) -> str:
     for name, row in FAMILIES.items():
         if row.model_type == config.model_type:
             return name
+    if any(getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        sparse = ", ".join(name for name, row in FAMILIES.items() if row.experts)
+        raise ArchitectureError(
+            f"Mixture-of-experts models of type {config.model_type!r} are not supported: their experts or their "
+            f"router compute something of their own. Supported mixture-of-experts families: {sparse}."
+        )
     raise UserError(
         f"Model type {config.model_type!r} is not supported. Supported families: {', '.join(FAMILIES)}. "
-        "A family with the same structure can be added as one row of shared.architecture.FAMILIES."
+        "A family with the same structure can be added as one row of shared.families.FAMILIES."
     )
 
 
@@ -218,7 +129,9 @@ class Architecture:
         self.n_heads = int(self.config.num_attention_heads)
         self.n_kv_heads: int = getattr(self.config, "num_key_value_heads", None) or self.n_heads
         self.head_dim: int = getattr(attention, "head_dim", None) or attention.head_size
-        self.n_neurons = features(self._module(self.block_path(0, self.row.down)))[0]
+        self._experts = [self._sizes(layer) for layer in range(self.n_layers)]
+        self._n_neurons = [self._width(layer) for layer in range(self.n_layers)]
+        self.n_neurons = max(self._n_neurons)
         self.vocab_size = features(self._module(self.row.unembed))[1]
         self.gated = self.row.gate is not None
         self.activation: str = _activation(self.config)
@@ -233,7 +146,8 @@ class Architecture:
 
     def sites(self, name: str | None = None) -> list[str]:
         """All site names in execution order, or only those of one kind (`sites("neurons")`)."""
-        names = [f"blocks.{layer}.{kind}" for layer in range(self.n_layers) for kind in self.block_sites()]
+        layers = range(self.n_layers)
+        names = [f"blocks.{layer}.{kind}" for layer in layers for kind in self.block_sites(layer)]
         names = ["embed", *names, "final_norm", "logits"]
         if name is None:
             return names
@@ -242,11 +156,13 @@ class Architecture:
             raise SiteError(f"No site is called {name!r} in {self.family}; there are {self.block_sites()}.")
         return chosen
 
-    def block_sites(self) -> list[str]:
-        """Kinds of site that one block of this family has, in execution order."""
+    def block_sites(self, layer: int | None = None) -> list[str]:
+        """Kinds of site that one block has (None: that any block of this model has), in execution order."""
+        experts = self._experts if layer is None else [self._experts[layer]]
         absent = {
             "attn_norm": self.row.attn_norm is None,
             "mlp_norm": self.row.mlp_norm is None,
+            "routing": not any(experts),
             "gate": not self.gated,
         }
         return [kind for kind in BLOCK_SITES if not absent.get(kind, False)]
@@ -261,7 +177,7 @@ class Architecture:
         if site == "logits":
             return Slot("", "output", (self.n_layers, 1), attribute="logits")
         match = _SITE.match(site)
-        if match and int(match[1]) < self.n_layers and match[2] in self.block_sites():
+        if match and int(match[1]) < self.n_layers and match[2] in self.block_sites(int(match[1])):
             return self._block_slot(int(match[1]), match[2])
         near = difflib.get_close_matches(site, self.sites(), n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -279,6 +195,9 @@ class Architecture:
         """Size of a site's last dimension."""
         kind = site.rpartition(".")[2]
         self.slot(site)
+        if kind == "routing":
+            experts = self.experts(int(site.split(".")[1]))
+            return experts.n_routed if experts else 0
         sizes = {
             "q": self.n_heads * self.head_dim,
             "heads": self.n_heads * self.head_dim,
@@ -294,6 +213,20 @@ class Architecture:
     def block_path(self, layer: int, path: str = "") -> str:
         """Dotted path of a block's module from the Hugging Face model's root."""
         return f"{self.row.layers}.{layer}" + (f".{path}" if path else "")
+
+    def experts(self, layer: int) -> ExpertSizes | None:
+        """Number and sizes of a block's experts, or None where its MLP is dense."""
+        return self._experts[layer]
+
+    def n_neurons_of(self, layer: int) -> int:
+        """Neurons that a block really has, at most `n_neurons`."""
+        return self._n_neurons[layer]
+
+    def spread(self, layer: int, routing: Float[Tensor, "*B R"]) -> Float[Tensor, "*B N"]:
+        """The routing weight of every neuron of a sparse block, that of its expert."""
+        experts = self._experts[layer]
+        assert experts is not None, f"block {layer} is dense"
+        return nn.functional.pad(experts.spread(routing), (0, self.n_neurons - experts.total))
 
     def columns(self, kind: str) -> Columns | None:
         """Which output columns of a fused projection are `kind` (q, k, v, gate, up); None where not fused."""
@@ -347,6 +280,15 @@ class Architecture:
         """C of C * tanh(logits / C), or None."""
         return getattr(self.config, "final_logit_softcapping", None)
 
+    def _sizes(self, layer: int) -> ExpertSizes | None:
+        mlp = self._module(self.block_path(layer, self.row.sparse_mlp)) if self.row.sparse_mlp else None
+        return ExpertSizes.of(mlp) if hasattr(mlp, "experts") else None
+
+    def _width(self, layer: int) -> int:
+        """Neurons that a block really has."""
+        sizes = self._experts[layer]
+        return sizes.total if sizes else features(self._module(self.block_path(layer, self.row.down)))[0]
+
     def _module(self, path: str) -> Any:
         try:
             return self._hf.get_submodule(path)
@@ -370,10 +312,15 @@ class Architecture:
             "mlp_out": (row.mlp_post_norm or row.down, "output"),
             "output": ("", "output"),
         }
+        if self._experts[layer]:
+            taps = f"{row.sparse_mlp}.{TAPS}."
+            where |= {kind: (taps + kind, "output") for kind in ("routing", *NEURON_SITES)}
+            where["mlp_out"] = (row.mlp_post_norm or row.sparse_mlp, "output")
         path, side = where[kind]
         columns = self.columns(kind) if kind in ("q", "k", "v", "gate", "up") else None
+        pad = self.n_neurons - self._n_neurons[layer] if kind in NEURON_SITES else 0
         rank = (layer, BLOCK_SITES.index(kind))
-        return Slot(self.block_path(layer, path or ""), side, rank, columns)
+        return Slot(self.block_path(layer, path or ""), side, rank, columns, pad=pad)
 
 
 def features(module: Any) -> tuple[int, int]:

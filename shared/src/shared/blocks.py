@@ -8,14 +8,17 @@ copied); never write to them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from shared.errors import UserError
+from shared.experts import SparseMlp
 
 if TYPE_CHECKING:
     from shared.architecture import Architecture, Columns
@@ -52,12 +55,25 @@ class NormView:
 
 
 @dataclass(frozen=True)
+class DenseMlp:
+    """The weights of an MLP, with zeros for the neurons that it has fewer than the widest of a mixed model."""
+
+    W_gate: Tensor | None
+    W_up: Tensor
+    W_down: Tensor
+    b_gate: Tensor | None
+    b_up: Tensor | None
+    b_down: Tensor | None
+
+
+@dataclass(frozen=True)
 class BlockView:
     """One block's weights [out, in], biases (None where absent), norms (None where absent) and settings.
 
     A block computes, with n the norms and P the post-norms (identity where None):
     attn_out = P1(W_o heads + b_o), mlp_out = P2(W_down (act(W_gate x) * W_up x) + b_down), x = n2(residual);
     ungated families have W_gate None and neurons act(W_up x + b_up). `parallel`: the MLP reads the block's input.
+    In a sparse block neurons also have the routing weight as a factor (`shared.experts`).
     """
 
     layer: int
@@ -75,17 +91,42 @@ class BlockView:
     b_k: Tensor | None
     b_v: Tensor | None
     b_o: Tensor | None
-    W_gate: Tensor | None
-    W_up: Tensor
-    W_down: Tensor
-    b_gate: Tensor | None
-    b_up: Tensor | None
-    b_down: Tensor | None
+    mlp: "DenseMlp | SparseMlp"
     activation: str
     attention_scale: float
     attention_softcap: float | None
     sliding_window: int | None
     parallel: bool
+
+    @property
+    def W_gate(self) -> Tensor | None:
+        """Gate projection, None in ungated families."""
+        return self.mlp.W_gate
+
+    @property
+    def W_up(self) -> Tensor:
+        """Up projection."""
+        return self.mlp.W_up
+
+    @property
+    def W_down(self) -> Tensor:
+        """Down projection."""
+        return self.mlp.W_down
+
+    @property
+    def b_gate(self) -> Tensor | None:
+        """Bias of the gate projection."""
+        return self.mlp.b_gate
+
+    @property
+    def b_up(self) -> Tensor | None:
+        """Bias of the up projection."""
+        return self.mlp.b_up
+
+    @property
+    def b_down(self) -> Tensor | None:
+        """Bias of the down projection."""
+        return self.mlp.b_down
 
 
 def norm_view(module: Any, kind: str) -> NormView:
@@ -126,8 +167,11 @@ def block_view(architecture: Architecture, layer: int) -> BlockView:
     attention = module(row.attn)
     q, k, v = (linear(module(getattr(row, kind)), architecture.columns(kind)) for kind in ("q", "k", "v"))
     o = linear(module(row.o))
-    gate = linear(module(row.gate), architecture.columns("gate")) if row.gate else (None, None)
-    up, down = linear(module(row.up), architecture.columns("up")), linear(module(row.down))
+    mlp: DenseMlp | SparseMlp
+    if architecture.experts(layer):
+        mlp = SparseMlp(module(str(row.sparse_mlp)), architecture.n_neurons)
+    else:
+        mlp = dense_mlp(architecture, module)
     return BlockView(
         layer=layer,
         attn_norm=norm(row.attn_norm),
@@ -144,18 +188,24 @@ def block_view(architecture: Architecture, layer: int) -> BlockView:
         b_k=k[1],
         b_v=v[1],
         b_o=o[1],
-        W_gate=gate[0],
-        W_up=up[0],
-        W_down=down[0],
-        b_gate=gate[1],
-        b_up=up[1],
-        b_down=down[1],
+        mlp=mlp,
         activation=architecture.activation,
         attention_scale=float(attention.scaling),
         attention_softcap=getattr(architecture.config, "attn_logit_softcapping", None),
         sliding_window=sliding_window(architecture, layer),
         parallel=architecture.parallel,
     )
+
+
+def dense_mlp(architecture: Architecture, module: Callable[[str], Any]) -> DenseMlp:
+    """The weights of a block's MLP, whose modules `module` finds."""
+    row = architecture.row
+    gate = linear(module(row.gate), architecture.columns("gate")) if row.gate else (None, None)
+    up, down = linear(module(row.up), architecture.columns("up")), linear(module(row.down))
+    if missing := architecture.n_neurons - down[0].shape[1]:  # mixed families have no biases there
+        gate, up = ((None if w is None else pad(w, (0, 0, 0, missing)), b) for w, b in (gate, up))
+        down = pad(down[0], (0, missing)), down[1]
+    return DenseMlp(gate[0], up[0], down[0], gate[1], up[1], down[1])
 
 
 def sliding_window(architecture: Architecture, layer: int) -> int | None:

@@ -5,6 +5,7 @@ One forward pass over a few tokens, captured at every site through the hooks, th
     shapes      every site has the width the table states
     projections q, k, v (and gate, up) equal the weights of `BlockView` times their input
     neurons     the activation rule gives the input of the down projection
+    experts     a sparse MLP's own code gives what its neurons gave (`shared.experts`)
     mlp         neurons through the down projection (and post-norm) give mlp_out
     heads       attention patterns (shared.attention) times v give the input of the output projection
     attention   heads through the output projection (and post-norm) give attn_out
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear
 
 from shared.architecture import Architecture, ArchitectureError
 from shared.attention import attention_patterns
@@ -94,7 +96,12 @@ def block_identities(
         if weights:
             yield from _weight_identities(architecture, layer, site)
         yield "attention", through((row.o, row.attn_post_norm), site("heads")), site("attn_out")
-        yield "mlp", through((row.down, row.mlp_post_norm), site("neurons")), site("mlp_out")
+        if architecture.experts(layer):
+            yield "experts", through((row.sparse_mlp,), site("mlp_norm")), site("mlp_out")
+            written = linear(site("neurons"), architecture.block(layer).W_down)
+        else:
+            written = through((row.down,), site("neurons")[..., : architecture.n_neurons_of(layer)])
+        yield "mlp", through((row.mlp_post_norm,), written), site("mlp_out")
         yield "residual", site("input") + site("attn_out") + site("mlp_out"), site("output")
 
 
@@ -112,15 +119,17 @@ def _weight_identities(
         yield "mlp_norm", block.mlp_norm(middle), mlp_in
     for kind in ("q", "k", "v"):
         weight, bias = getattr(block, f"W_{kind}"), getattr(block, f"b_{kind}")
-        yield f"projection {kind}", torch.nn.functional.linear(attn_in, weight, bias), site(kind)
-    act = architecture._module(architecture.block_path(layer, architecture.row.act))
-    up = torch.nn.functional.linear(mlp_in, block.W_up, block.b_up)
-    yield "projection up", up, site("up")
+        yield f"projection {kind}", linear(attn_in, weight, bias), site(kind)
+    sparse, row = architecture.experts(layer) is not None, architecture.row
+    routing = architecture.spread(layer, site("routing")) if sparse else torch.ones(())
+    act = architecture._module(architecture.block_path(layer, f"{row.experts}.act_fn" if sparse else row.act))
+    yield "projection up", linear(mlp_in, block.W_up, block.b_up) * (routing != 0), site("up")
     if block.W_gate is None:
         yield "neurons", act(site("up")), site("neurons")
     else:
-        yield "projection gate", torch.nn.functional.linear(mlp_in, block.W_gate, block.b_gate), site("gate")
-        yield "neurons", act(site("gate")) * site("up"), site("neurons")
+        gate = linear(mlp_in, block.W_gate, block.b_gate)
+        yield "projection gate", gate * (routing != 0), site("gate")
+        yield "neurons", act(site("gate")) * site("up") * routing, site("neurons")
 
 
 def _check_shapes(architecture: Architecture, acts: Activations) -> None:
@@ -139,5 +148,5 @@ def _compare(architecture: Architecture, name: str, got: Tensor, expected: Tenso
     if not error <= tolerance:
         raise ArchitectureError(
             f"{architecture.family}: check '{name}' failed: relative error {error:.2e} above {tolerance:.0e}. "
-            "The model does not have the structure of this family's row in shared.architecture.FAMILIES."
+            "The model does not have the structure of this family's row in shared.families.FAMILIES."
         )

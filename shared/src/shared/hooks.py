@@ -27,6 +27,7 @@ from torch import Tensor
 
 from shared.architecture import Architecture, Slot, check_sites
 from shared.errors import UserError
+from shared.experts import listening
 from shared.interventions import Intervention, check_fit
 from shared.tokens import TokenBatch
 
@@ -189,7 +190,8 @@ def traced(
     """
     import nnsight
 
-    with lm.trace(**inputs, **({"remote": remote} if remote else {})) as tracer:
+    paths = [steps[0].slot.path for steps in plan]
+    with listening(lm._module, paths), lm.trace(**inputs, **({"remote": remote} if remote else {})) as tracer:
         kept = nnsight.save(walk(lm, plan))
         output = nnsight.save(tracer.result)
     return kept, output

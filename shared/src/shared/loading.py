@@ -13,6 +13,8 @@ import torch
 
 from shared.architecture import family_of
 from shared.errors import UserError
+from shared.experts import add_taps
+from shared.families import FAMILIES
 
 if TYPE_CHECKING:
     from shared.models import ModelConfig
@@ -33,7 +35,7 @@ def load_hf(config: ModelConfig) -> tuple[Any, Any, Path | None]:
     source = str(path) if path else config.name
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     hf_config = _fetch(config, "AutoConfig", source, common)
-    family_of(hf_config)
+    _check_experts(config, hf_config)
     tokenizer = load_tokenizer(config)
     options = {**common, "dtype": _dtype(config), "attn_implementation": _attention(hf_config, config)}
     if config.device_map is not None:
@@ -58,13 +60,14 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def wrap(hf: Any, tokenizer: Any) -> Any:
     """An nnsight model over the module itself: no copy, no download, inert outside a trace."""
+    add_taps(hf, FAMILIES[family_of(hf.config)])
     return _token_model()(hf, task="text-generation", tokenizer=tokenizer)
 
 
 def load_remote(config: ModelConfig) -> Any:
     """An nnsight model without weights (meta device) whose traces run on NDIF."""
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    family_of(_fetch(config, "AutoConfig", config.name, source))
+    _check_experts(config, _fetch(config, "AutoConfig", config.name, source))
     return _token_model()(config.name, task="text-generation", **source)
 
 
@@ -103,6 +106,16 @@ def local_path(config: ModelConfig) -> Path | None:
     if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
         raise UserError(f"There is no model folder {path}. Check the path, or give a Hugging Face id.")
     return None
+
+
+def _check_experts(config: ModelConfig, hf_config: Any) -> None:
+    """`UserError` for a family without a row, and for experts where the code that shows their neurons cannot run."""
+    if FAMILIES[family_of(hf_config)].experts and (config.remote or config.quantization):
+        option = "remote=True" if config.remote else "quantization"
+        raise UserError(
+            f"{config.name!r} is a mixture of experts, whose neurons are read from its own weights in this process: "
+            f"load it without {option}."
+        )
 
 
 def _fetch(config: ModelConfig, auto: str, source: str, options: dict[str, Any]) -> Any:

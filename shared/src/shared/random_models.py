@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from shared.architecture import FAMILIES
 from shared.errors import UserError
+from shared.families import FAMILIES
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<|start|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -20,6 +20,24 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 _HEADS, _KV_HEADS, _HEAD_DIM, _LAYERS, _NEURONS, _WINDOW = 4, 2, 64, 3, 96, 16
+# Two of four experts are chosen. The Qwens also have dense blocks, of fewer and of more neurons than the sparse ones.
+_ROUTED = {"num_experts": 4, "num_experts_per_tok": 2}
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {**_ROUTED, "intermediate_size": 24},
+    "olmoe": {**_ROUTED, "intermediate_size": 24},
+    "qwen2_moe": {
+        **_ROUTED,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        **_ROUTED,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+    },
+}
 
 
 def random_model(family: str, seed: int = 0) -> tuple[Any, Any]:
@@ -54,7 +72,7 @@ def tiny_config(family: str, tokenizer: Any) -> Any:
         "tie_word_embeddings": False,
     }
     # Families whose heads always fill the width.
-    if family in ("gpt_neox", "gpt2", "olmo2", "phi3", "qwen2"):
+    if family in ("gpt_neox", "gpt2", "olmo2", "olmoe", "phi3", "qwen2", "qwen2_moe"):
         sizes["hidden_size"] = _HEADS * _HEAD_DIM
         del sizes["head_dim"]
     if family in ("gpt_neox", "gpt2"):
@@ -62,12 +80,12 @@ def tiny_config(family: str, tokenizer: Any) -> Any:
     if family == "gpt2":
         sizes["n_inner"] = sizes.pop("intermediate_size")
         sizes |= {"n_positions": sizes.pop("max_position_embeddings"), "tie_word_embeddings": True}
-    if family in ("mistral", "phi3", "gemma2", "gemma3"):
+    if family in ("mistral", "mixtral", "phi3", "gemma2", "gemma3"):
         sizes["sliding_window"] = _WINDOW
     if family in ("gemma2", "gemma3"):
         layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
         sizes |= {"query_pre_attn_scalar": 48, "layer_types": layer_types, "tie_word_embeddings": True}
-    return AutoConfig.for_model(FAMILIES[family].model_type, **sizes)
+    return AutoConfig.for_model(FAMILIES[family].model_type, **sizes | _EXPERTS.get(family, {}))
 
 
 def randomise(hf: Any, seed: int, norm_centre: float = 1.0) -> None:

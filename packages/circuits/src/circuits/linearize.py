@@ -38,6 +38,7 @@ BLOCK_SITES = (
     "heads",
     "attn_out",
     "mlp_norm",
+    "routing",
     "gate",
     "up",
     "neurons",
@@ -62,8 +63,12 @@ class Observed:
 def observe(model: "Model", batch: "TokenBatch") -> Observed:
     """Run the model once on the batch, under its active edits, and keep what freezing needs."""
     architecture, batch = model.architecture, batch.to(model.device)
-    kinds = [kind for kind in BLOCK_SITES if kind in architecture.block_sites()]
-    sites = [f"blocks.{layer}.{kind}" for layer in range(architecture.n_layers) for kind in kinds]
+    sites = [
+        f"blocks.{layer}.{kind}"
+        for layer in range(architecture.n_layers)
+        for kind in architecture.block_sites(layer)
+        if kind in BLOCK_SITES
+    ]
     last = f"blocks.{architecture.n_layers - 1}.output"
     with torch.no_grad(), capture(model, ["embed", *sites, last, "final_norm"]) as seen:
         logits_BTV = model(batch)
@@ -158,9 +163,12 @@ def _block(model: "Model", observed: Observed, layer: int, rules: Rules) -> Froz
     input_BTD, attn_BTD = acts[at + "input"], acts[at + "attn_out"]
     middle_BTD = input_BTD if view.parallel else input_BTD + attn_BTD
     # Taken out: in a long prompt the pre-activations of all layers beside their coefficients would be the peak.
-    gate_BTN, up_BTN = neuron_coefficients(
+    coefficients = neuron_coefficients(
         view.activation, acts.pop(at + "gate", None), acts.pop(at + "up"), rules
     )
+    if at + "routing" in acts:
+        routing_BTN = model.architecture.spread(layer, acts[at + "routing"])
+        coefficients = coefficients.routed(routing_BTN)
     attn_post, mlp_post = FrozenNorm.identity(input_BTD), FrozenNorm.identity(input_BTD)
     if view.attn_post_norm is not None:
         raw_BTD = affine(acts[at + "heads"], weights.out_DY, weights.out_bias_D)
@@ -175,8 +183,8 @@ def _block(model: "Model", observed: Observed, layer: int, rules: Rules) -> Froz
         attn_post=attn_post,
         mlp_norm=frozen_norm(view.mlp_norm, middle_BTD, acts.get(at + "mlp_norm", middle_BTD)),
         mlp_post=mlp_post,
-        gate_BTN=gate_BTN,
-        up_BTN=up_BTN,
+        gate_BTN=coefficients.gate,
+        up_BTN=coefficients.up,
         neurons_BTN=acts[at + "neurons"],
         output_BTD=observed.output(layer),
         parallel=view.parallel,

@@ -6,7 +6,9 @@ the observed activations (paper section 3, RelP; Appendix B for conservation):
 1. element-wise activation: the secant `act(z) = kappa(z) z`, with kappa in a form that never divides by z;
 2. gate product `a = s u` with `s = kappa z`: the half rule, `da/ds = u / 2` and `da/du = s / 2`, so that the
    coefficients times the inputs add up to `a` again;
-3. norms keep their observed scale, attention keeps its observed pattern (see `circuits.linearize`).
+3. norms keep their observed scale, attention keeps its observed pattern (see `circuits.linearize`);
+4. a router keeps its choice and its weights: a neuron of a mixture of experts is pi act(z) u with pi constant, zero
+   where its expert was not chosen.
 
 Together, a neuron is `a = p z + q u` with `p = kappa u / 2` and `q = kappa z / 2`: an exact identity at the observed
 point, and linear in (z, u). The switches of `Rules` are the paper's ablations of the method.
@@ -53,6 +55,12 @@ class NeuronCoefficients(NamedTuple):
 
     gate: Float[Tensor, "B T N"] | None
     up: Float[Tensor, "B T N"]
+
+    def routed(self, routing_BTN: Float[Tensor, "B T N"]) -> "NeuronCoefficients":
+        """Return them with each neuron's routing weight as a factor; their memory is used."""
+        return NeuronCoefficients(
+            None if self.gate is None else self.gate.mul_(routing_BTN), self.up.mul_(routing_BTN)
+        )
 
 
 def _tanh_gelu(z: Tensor) -> Tensor:

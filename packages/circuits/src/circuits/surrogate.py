@@ -5,7 +5,7 @@ autograd sees (y' = y.detach() + f(x) - f(x).detach() has the value of y and the
 
     queries, keys     detached, so that the pattern is a constant                      (rules.qk "frozen")
     norms             f(x) = frozen scale * x                                          (rules.norm "frozen")
-    neurons           f(z, u) = p z + q u with the frozen coefficients of the rules
+    neurons           f(z, u) = p z + q u with the frozen coefficients of the rules (routing weights are in p and q)
     logits            read through the frozen readout (soft cap)
 
 With all rules at their defaults this is the hand-written sweep of `circuits.relp`, computed by other means; with
@@ -100,9 +100,10 @@ def _coefficients(problem: Problem, rules: Rules) -> "FrozenNetwork":
 def _recorded_sites(problem: Problem) -> list[str]:
     architecture = problem.model.architecture
     kinds = ("input", "heads", "attn_out", "gate", "up", "neurons")
-    present = [kind for kind in kinds if kind in architecture.block_sites()]
     last = architecture.n_layers - 1
-    sites = [f"blocks.{layer}.{kind}" for layer in range(last + 1) for kind in present]
+    sites = [
+        site for kind in kinds if kind in architecture.block_sites() for site in architecture.sites(kind)
+    ]
     return [*sites, f"blocks.{last}.output"]
 
 

@@ -25,7 +25,7 @@ from preft.adapters import AdapterError, Factors
 from preft.parts import Shape, Source, Update
 from preft.vllm.mapping import KINDS, Kind
 from preft.vllm.residual import SITE
-from shared.architecture import FAMILIES
+from shared.families import FAMILIES
 from shared.generation.vllm_arguments import LORA_RANKS
 from shared.intervention_files import read
 from shared.interventions import Ablate, Add, Intervention, LowRank, Scale, Set

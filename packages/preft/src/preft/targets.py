@@ -50,7 +50,22 @@ def _linear_targets(
     if strangers or not chosen:
         known = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
         raise AdapterError(_unknown(wanted, strangers) + f" this model; it has {known}")
+    _check_experts(architecture, chosen)
     return chosen
+
+
+def _check_experts(architecture: Architecture, chosen: list[str]) -> None:
+    """Layers in a mixture of experts see the tokens of all rows in one line, where no mask of a row's tokens fits."""
+    sparse = tuple(
+        architecture.block_path(layer, f"{architecture.row.sparse_mlp}.")
+        for layer in range(architecture.n_layers)
+        if architecture.experts(layer)
+    )
+    if inside := [path for path in chosen if path.startswith(sparse)]:
+        raise AdapterError(
+            f"{inside[0]} is inside a mixture of experts, which LoRA does not adapt here: name layers of attention in "
+            "target_modules (q_proj, k_proj, v_proj, o_proj), or use a ReFT method"
+        )
 
 
 def _unknown(wanted: Any, strangers: list[str]) -> str:
