@@ -41,11 +41,11 @@ def run(model, batch, sites, edits=()):
 def test_families_have_the_blocks_they_are_here_for():
     """Dense and sparse blocks beside each other, either of them the wider one, and a shared expert."""
     qwen2, qwen3 = (load(f"random:{family}").architecture for family in ("qwen2_moe", "qwen3_moe"))
-    assert [qwen2.n_neurons_of(layer) for layer in range(3)] == [136, 96, 136]
+    assert [qwen2.n_neurons_of(layer) for layer in range(3)] == [104, 96, 104]
     assert [qwen3.n_neurons_of(layer) for layer in range(3)] == [96, 64, 96]
     assert (qwen2.experts(0).n_routed, qwen3.experts(1).n_routed) == (5, 4)
     assert qwen2.sites("routing") == ["blocks.0.routing", "blocks.2.routing"]
-    assert all(qwen2.site_width(site) == 136 for site in qwen2.sites("neurons"))
+    assert all(qwen2.site_width(site) == 104 for site in qwen2.sites("neurons"))
 
 
 def test_without_a_hook_the_model_is_transformers_own():
@@ -273,7 +273,8 @@ def test_other_mixtures_are_refused_by_name(model_type):
         family_of(AutoConfig.for_model(model_type))
 
 
-def test_quantised_experts_are_refused_before_loading(tmp_path):
+@pytest.mark.parametrize("option", [{"quantization": "8bit"}, {"remote": True}])
+def test_experts_whose_neurons_cannot_be_read_are_refused_before_loading(option, tmp_path):
     folder = load("random:mixtral").save(tmp_path)
-    with pytest.raises(UserError, match="mixture of experts.*without quantization"):
-        load(ModelConfig(str(folder), quantization="8bit"))
+    with pytest.raises(UserError, match=f"mixture of experts.*without {next(iter(option))}"):
+        load(ModelConfig(str(folder), **option))

@@ -61,6 +61,13 @@ class ExpertSizes:
         """Entries of the routing: the experts, and the shared one."""
         return self.n_experts + bool(self.n_shared)
 
+    def name(self, index: int) -> str:
+        """Short name of a neuron by its index among all: `E2/N17`, or `S/N17` in the shared expert."""
+        expert, neuron = divmod(index, self.n_neurons)
+        if expert < self.n_experts:
+            return f"E{expert}/N{neuron}"
+        return f"S/N{index - self.n_experts * self.n_neurons}"
+
     def spread(self, routing: Float[Tensor, "*B R"]) -> Float[Tensor, "*B W"]:
         """Each neuron's routing weight, that of its expert."""
         wide = routing[..., : self.n_experts].repeat_interleave(self.n_neurons, dim=-1)

@@ -28,7 +28,7 @@ _EXPERTS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         **_ROUTED,
         "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 40,
+        "shared_expert_intermediate_size": 8,
         "mlp_only_layers": [1],
     },
     "qwen3_moe": {

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from shared.config import ConfigError, to_dataclass
 from shared.errors import UserError
+from shared.experts import ExpertSizes
 from shared.runs import config_hash
 from shared.serialize import atomic_path, read_json, write_json
 
@@ -57,6 +58,9 @@ class Header:
     rules: dict[str, Any]
     tokenizer: str = ""  # hash of its vocabulary
     dtype: str = "float32"
+    experts: list[ExpertSizes | None] = field(
+        default_factory=list
+    )  # by layer; empty where all MLPs are dense
     reference: str = "zero"
     foil_ids: list[int] = field(default_factory=list)  # of a logit difference: the token it is taken from
     settings: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +71,11 @@ class Header:
     node_mass_kept: float = 1.0
     edge_mass_kept: float = 1.0
     version: int = FORMAT_VERSION
+
+    def neuron_name(self, layer: int, index: int) -> str:
+        """Return a neuron's name within its layer: `N153`, or `E2/N17` in a mixture of experts."""
+        experts = self.experts[layer] if self.experts else None
+        return experts.name(index) if experts else f"N{index}"
 
     def hashes(self) -> dict[str, str]:
         """Return what identifies a graph's origin: hashes of model, tokenizer, rules and prompt."""
@@ -193,7 +202,8 @@ class Graph:
         """Return a node's short name: `Dallas` for a token, `L2/N153+` for a neuron, the target for a logit."""
         kind, layer, index = (int(column[node]) for column in (self.kind_n, self.layer_n, self.index_n))
         if kind == NEURON:
-            return f"L{layer}/N{index}{'+' if self.activation_n[node] >= 0 else '-'}"
+            sign = "+" if self.activation_n[node] >= 0 else "-"
+            return f"L{layer}/{self.header.neuron_name(layer, index)}{sign}"
         if kind == LOGIT:
             return self.header.targets[index]
         token = self.header.tokens[int(self.position_n[node])]

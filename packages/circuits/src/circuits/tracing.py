@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -38,6 +38,7 @@ from circuits.relp import Relevance, relp
 from circuits.rules import Rules
 from circuits.selfcheck import TOLERANCE, require_conservation
 from circuits.tasks import answer_token
+from shared.experts import ExpertSizes
 from shared.runs import config_hash
 
 Select = Literal["effect", "influence"]
@@ -169,14 +170,15 @@ class _Builder:
         kept_S = weight_Ss.masked_fill(~edges.mask, 0.0).sum(1) + self.effects.own_S
         remainder_n[n_before:] = self.effects.inflow() - kept_S
         sources_nT = self.token_nT.new_zeros(n_before, self.n_positions)
-        kept = asdict(header) | {
-            "settings": settings,
-            "notes": {str(n_before + node): note for node, note in enumerate(notes)},
-            "node_mass_kept": node_mass,
-            "edge_mass_kept": edges.mass_kept,
-        }
+        complete = replace(
+            header,
+            settings=settings,
+            notes={str(n_before + node): note for node, note in enumerate(notes)},
+            node_mass_kept=node_mass,
+            edge_mass_kept=edges.mass_kept,
+        )
         return Graph(
-            header=Header(**kept),
+            header=complete,
             kind_n=kind_n,
             layer_n=layer_n,
             position_n=position_n,
@@ -243,6 +245,12 @@ class _Builder:
         self.parts.append((torch.full_like(layer_n, kind), layer_n, position_n, index_n, value_n, total_nK))
 
 
+def _experts(model: "Model") -> list[ExpertSizes | None]:
+    """Return every layer's experts, or nothing where no layer has any."""
+    found = [model.architecture.experts(layer) for layer in range(model.architecture.n_layers)]
+    return found if any(found) else []
+
+
 def _header(
     problem: Problem, row: int, metric: Metric, relevance: Relevance, target_names: Sequence[str] | None
 ) -> Header:
@@ -269,5 +277,6 @@ def _header(
         rules=asdict(network.rules),
         tokenizer=config_hash(sorted(model.tokenizer.get_vocab().items())),
         dtype=str(model.dtype).removeprefix("torch."),
+        experts=_experts(model),
         conservation_error=relevance.ledger.error(),
     )
