@@ -1,5 +1,7 @@
 """Circuits in mixtures of experts: frozen routing, brute force, faithfulness, names of neurons, the command line."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from circuits.linearize import linearize
 from circuits.pathways import mean_reference, neuron_activations
 from circuits.relp import relp
 from circuits.rules import Rules
-from circuits.steering import Node, scale_nodes
+from circuits.steering import Node, matched_random, scale_nodes
 from shared.families import FAMILIES
 from shared.hooks import capture, edit
 from shared.interventions import Scale, Set
@@ -146,6 +148,25 @@ def test_ablating_the_strongest_neurons_in_the_model_moves_the_answer(model, pro
             ablated = problem.metric.value(model(problem.batch))
     assert all(acts[f"blocks.{node.layer}.neurons"][0, node.position, node.neuron] == 0 for node in nodes)
     assert (clean - ablated).abs().max() > 1e-2
+
+
+def test_random_controls_are_active_neurons_of_the_same_experts(model, problem_of):
+    problem = problem_of(model, [[1, 40, 77, 9]], k=1)
+    acts_LTN, architecture = problem.activations_BLTN[0], model.architecture
+    random_LTN = attribute(problem, "random", seed=3)[0, 0]
+    assert torch.equal(random_LTN != 0, acts_LTN != 0)
+    assert not (acts_LTN != 0).all()
+    nodes = [Node(*place) for place in (acts_LTN != 0).nonzero()[::7].tolist()]
+    drawn = matched_random(nodes, architecture, seed=1)
+
+    def places(some):
+        return Counter(
+            (one.layer, one.position, architecture.siblings(one.layer, one.neuron)) for one in some
+        )
+
+    assert places(drawn) == places(nodes)
+    assert len({*nodes, *drawn}) == 2 * len(nodes)
+    assert all(acts_LTN[one] != 0 for one in drawn)
 
 
 def test_the_command_line_traces_and_exports(tmp_path, capsys):

@@ -105,12 +105,12 @@ def test_intervals_resample_whole_clusters():
     assert point.faithfulness() != CurvePoint(1, part, rest, full + 1, empty).faithfulness()
 
 
-def test_controls_match_layers_and_positions():
-    nodes = [Node(0, 1, 5), Node(0, 1, 6), Node(3, 2, 0)]
-    control = matched_random(nodes, 96, seed=3)
+def test_controls_match_layers_and_positions(llama):
+    nodes = [Node(0, 1, 5), Node(0, 1, 6), Node(2, 2, 0)]
+    control = matched_random(nodes, llama.architecture, seed=3)
     assert [node[:2] for node in control] == [node[:2] for node in nodes]
     assert not set(control) & set(nodes)
     assert len(set(control)) == 3
-    assert control != matched_random(nodes, 96, seed=4)
+    assert control != matched_random(nodes, llama.architecture, seed=4)
     with pytest.raises(UserError, match="positions"):
         replace_nodes([Node(0, None, 1)], torch.zeros(1, 1, 4))

@@ -222,6 +222,11 @@ class Architecture:
         """Neurons that a block really has, at most `n_neurons`."""
         return self._n_neurons[layer]
 
+    def siblings(self, layer: int, neuron: int) -> range:
+        """The neurons of a neuron's own expert, or of its whole MLP where that is dense."""
+        experts = self._experts[layer]
+        return experts.siblings(neuron) if experts else range(self._n_neurons[layer])
+
     def spread(self, layer: int, routing: Float[Tensor, "*B R"]) -> Float[Tensor, "*B N"]:
         """The routing weight of every neuron of a sparse block, that of its expert."""
         experts = self._experts[layer]

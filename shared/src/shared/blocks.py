@@ -200,12 +200,15 @@ def block_view(architecture: Architecture, layer: int) -> BlockView:
 def dense_mlp(architecture: Architecture, module: Callable[[str], Any]) -> DenseMlp:
     """The weights of a block's MLP, whose modules `module` finds."""
     row = architecture.row
-    gate = linear(module(row.gate), architecture.columns("gate")) if row.gate else (None, None)
-    up, down = linear(module(row.up), architecture.columns("up")), linear(module(row.down))
-    if missing := architecture.n_neurons - down[0].shape[1]:  # mixed families have no biases there
-        gate, up = ((None if w is None else pad(w, (0, 0, 0, missing)), b) for w, b in (gate, up))
-        down = pad(down[0], (0, missing)), down[1]
-    return DenseMlp(gate[0], up[0], down[0], gate[1], up[1], down[1])
+    W_gate, b_gate = linear(module(row.gate), architecture.columns("gate")) if row.gate else (None, None)
+    W_up, b_up = linear(module(row.up), architecture.columns("up"))
+    W_down, b_down = linear(module(row.down))
+    if (
+        missing := architecture.n_neurons - W_down.shape[1]
+    ):  # beside wider blocks of experts; without biases there
+        W_gate = None if W_gate is None else pad(W_gate, (0, 0, 0, missing))
+        W_up, W_down = pad(W_up, (0, 0, 0, missing)), pad(W_down, (0, missing))
+    return DenseMlp(W_gate, W_up, W_down, b_gate, b_up, b_down)
 
 
 def sliding_window(architecture: Architecture, layer: int) -> int | None:

@@ -61,12 +61,17 @@ class ExpertSizes:
         """Entries of the routing: the experts, and the shared one."""
         return self.n_experts + bool(self.n_shared)
 
+    def siblings(self, index: int) -> range:
+        """The neurons of a neuron's own expert among all."""
+        expert = min(index // self.n_neurons, self.n_experts)
+        start = expert * self.n_neurons
+        return range(start, start + self.n_neurons if expert < self.n_experts else self.total)
+
     def name(self, index: int) -> str:
         """Short name of a neuron by its index among all: `E2/N17`, or `S/N17` in the shared expert."""
-        expert, neuron = divmod(index, self.n_neurons)
-        if expert < self.n_experts:
-            return f"E{expert}/N{neuron}"
-        return f"S/N{index - self.n_experts * self.n_neurons}"
+        start = self.siblings(index).start
+        expert = start // self.n_neurons
+        return f"{f'E{expert}' if expert < self.n_experts else 'S'}/N{index - start}"
 
     def spread(self, routing: Float[Tensor, "*B R"]) -> Float[Tensor, "*B W"]:
         """Each neuron's routing weight, that of its expert."""
@@ -77,8 +82,8 @@ class ExpertSizes:
 
     def part(self, expert: int) -> slice:
         """The neurons of one expert (E: the shared one) among all."""
-        start = expert * self.n_neurons
-        return slice(start, start + (self.n_neurons if expert < self.n_experts else self.n_shared))
+        own = self.siblings(expert * self.n_neurons)
+        return slice(own.start, own.stop)
 
 
 class Taps(nn.Module):
@@ -149,7 +154,8 @@ def _preactivations(
 ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T W"]]:
     """W_gate x and W_up x of every expert that has a token, zero for its other tokens."""
     x_SD, routing_SR = x_BTD.flatten(0, 1), routing_BTR.flatten(0, 1)
-    gates, ups = [], []
+    gates: list[Tensor] = []
+    ups: list[Tensor] = []
     for expert in range(sizes.n_experts):
         tokens = routing_SR[:, expert].nonzero()[:, 0]
         chosen = linear(x_SD[tokens], mlp.experts.gate_up_proj[expert]).chunk(2, dim=-1)

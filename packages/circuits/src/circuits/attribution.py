@@ -100,10 +100,13 @@ def _controls(values: Callable[[Problem], Tensor]) -> Callable[[Problem, Setting
 
 
 def _random(problem: Problem, settings: Settings) -> Scores:
-    nodes_BLTN = problem.basis.norm(problem.delta_BLTN, problem.model.architecture)
+    architecture = problem.model.architecture
+    sizes = problem.delta_BLTN.abs() + problem.activations_BLTN.abs()
+    nodes_BLTN = problem.basis.norm(sizes, architecture)
     shape = (len(nodes_BLTN), problem.n_targets, *nodes_BLTN.shape[1:])
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(settings.seed)).to(nodes_BLTN)
-    return noise.masked_fill(~problem.network.real_BT[:, None, None, :, None], 0.0)
+    # Neither padding nor what is zero with and without its reference (experts not chosen), which would be no control.
+    return noise.masked_fill(nodes_BLTN[:, None] == 0, 0.0)
 
 
 ESTIMATORS: dict[str, Callable[[Problem, Settings], Scores]] = {

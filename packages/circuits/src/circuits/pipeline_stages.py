@@ -111,7 +111,7 @@ def ablate_top(
     """
     model, top = study.model, top_nodes(scores_LTN, config.ablate)
     rest = torch.zeros_like(top)
-    for layer, position, neuron in matched_random(nodes_of(top), model.architecture.n_neurons, seed):
+    for layer, position, neuron in matched_random(nodes_of(top), model.architecture, seed):
         rest[layer, position, neuron] = True
     swapped_BLTN = neuron_activations(model, study.test.corrupt)
     reference_BLTN = study.reference_BLTN.expand(1, *scores_LTN.shape)

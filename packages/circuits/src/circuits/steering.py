@@ -21,6 +21,7 @@ from shared.hooks import edit
 from shared.interventions import Ablate, Intervention, Scale
 
 if TYPE_CHECKING:
+    from shared.architecture import Architecture
     from shared.models import Model
     from shared.tokens import TokenBatch
 
@@ -64,14 +65,21 @@ def replace_nodes(nodes: Sequence[Node], reference_LTN: Float[Tensor, "L T N"]) 
     return edits
 
 
-def matched_random(nodes: Sequence[Node], n_neurons: int, seed: int = 0) -> list[Node]:
-    """Return as many random other neurons in each layer and position as `nodes` has there (all distinct)."""
+def matched_random(nodes: Sequence[Node], architecture: "Architecture", seed: int = 0) -> list[Node]:
+    """Return as many random other neurons in each layer and position, and expert, as `nodes` has there (all distinct).
+
+    In a mixture of experts most others would be inactive, and no control.
+    """
     rng = random.Random(seed)
     drawn = []
     for (layer, position), taken in _groups(nodes).items():
-        rest = sorted(set(range(n_neurons)) - set(taken))
-        chosen = rng.sample(rest, min(len(taken), len(rest)))
-        drawn += [Node(layer, position, neuron) for neuron in sorted(chosen)]
+        pools: dict[range, list[int]] = defaultdict(list)
+        for neuron in taken:
+            pools[architecture.siblings(layer, neuron)].append(neuron)
+        for pool, inside in pools.items():
+            rest = sorted(set(pool) - set(inside))
+            chosen = rng.sample(rest, min(len(inside), len(rest)))
+            drawn += [Node(layer, position, neuron) for neuron in sorted(chosen)]
     return drawn
 
 

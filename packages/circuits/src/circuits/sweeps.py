@@ -53,9 +53,7 @@ def sweep(
     strength_LTN = write_strength(model, pairs.clean)
     sets = {
         "chosen": [list(nodes)],
-        "random": [
-            matched_random(nodes, model.architecture.n_neurons, seed + draw) for draw in range(controls)
-        ],
+        "random": [matched_random(nodes, model.architecture, seed + draw) for draw in range(controls)],
         "strength-matched": [strength_matched(nodes, strength_LTN, seed + draw) for draw in range(controls)],
     }
     return [
