@@ -322,6 +322,6 @@ def _at(norm: FrozenNorm, position_n: Tensor) -> FrozenNorm:
 def input_rows(block: FrozenBlock, position_n: Tensor, index_n: Tensor) -> Float[Tensor, "n D"]:
     """Return c (p W_g + q W_u) for each target: its derivative by the residual stream at its own position."""
     row_nD = block.up_BTN[0, position_n, index_n, None] * block.weights.up_ND[index_n]
-    if block.gate_BTN is not None and block.weights.gate_ND is not None:
-        row_nD = row_nD + block.gate_BTN[0, position_n, index_n, None] * block.weights.gate_ND[index_n]
+    if block.gate_BTN is not None and (gate_ND := block.weights.gate_ND) is not None:
+        row_nD = row_nD + block.gate_BTN[0, position_n, index_n, None] * gate_ND[index_n]
     return _at(block.mlp_norm, position_n).transpose(row_nD[None, None])[0, 0]

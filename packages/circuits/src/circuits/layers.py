@@ -71,7 +71,8 @@ class FrozenNorm:
 class BlockWeights:
     """The linear maps of one block (rows are outputs) in working precision; X is G*d, Y is H*d, biases may be absent.
 
-    Nothing is copied: a half-precision matrix is widened for each product and dropped after it.
+    Nothing is copied for good: a half-precision matrix is widened, and those of experts are put side by side, for each
+    product, and dropped after it.
     """
 
     view: "BlockView"
@@ -234,15 +235,15 @@ class FrozenBlock:
         """Return the neurons for the residual stream that the MLP reads; `bias=False` gives the linear part."""
         normed_BKTD = self.mlp_norm.forward(x_BKTD, shift=False)
         out_BKTN = (normed_BKTD @ self.weights.up_ND.T) * self.up_BTN[:, None]
-        if self.gate_BTN is not None and self.weights.gate_ND is not None:
-            out_BKTN = out_BKTN + (normed_BKTD @ self.weights.gate_ND.T) * self.gate_BTN[:, None]
+        if self.gate_BTN is not None and (gate_ND := self.weights.gate_ND) is not None:
+            out_BKTN = out_BKTN + (normed_BKTD @ gate_ND.T) * self.gate_BTN[:, None]
         return out_BKTN + self.neuron_bias()[:, None] if bias and self.affine else out_BKTN
 
     def neurons_transpose(self, g_BKTN: Float[Tensor, "B K T N"]) -> Cotangent:
         """Pull a cotangent on the neurons back to the residual stream that the MLP reads."""
         g_BKTD = (g_BKTN * self.up_BTN[:, None]) @ self.weights.up_ND
-        if self.gate_BTN is not None and self.weights.gate_ND is not None:
-            g_BKTD = g_BKTD + (g_BKTN * self.gate_BTN[:, None]) @ self.weights.gate_ND
+        if self.gate_BTN is not None and (gate_ND := self.weights.gate_ND) is not None:
+            g_BKTD = g_BKTD + (g_BKTN * self.gate_BTN[:, None]) @ gate_ND
         return self.mlp_norm.transpose(g_BKTD)
 
     def neuron_bias(self) -> Float[Tensor, "B T N"]:
@@ -274,8 +275,7 @@ class FrozenBlock:
 
     def mlp_bias(self) -> Float[Tensor, "B T D"]:
         """Return the constant the down projection's bias writes at each position."""
-        shape = (*self.neurons_BTN.shape[:2], self.weights.down_DN.shape[0])
-        raw_BTD = self.neurons_BTN.new_zeros(shape)
+        raw_BTD = torch.zeros_like(self.output_BTD)
         if self.weights.down_bias_D is not None:
             raw_BTD = raw_BTD + self.weights.down_bias_D
         return self.mlp_post.forward(raw_BTD[:, None])[:, 0]
