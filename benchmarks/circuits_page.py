@@ -98,6 +98,8 @@ def synthetic(seed: int = 0) -> Graph:
         index_n=torch.where(kind_n == LOGIT, 0, order % 1000),
         activation_n=activation_n,
         total_nK=total_nK,
+        token_nT=torch.randn(n, TOKENS, generator=draw),
+        own_n=torch.zeros(n),
         remainder_n=torch.zeros(n),
         source_e=source_e,
         target_e=target_e,

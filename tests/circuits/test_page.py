@@ -396,6 +396,83 @@ def test_a_screen_reader_gets_names_for_everything(open_page):
     }
 
 
+STATES = {
+    "overview": "0",
+    "a neuron": "pick(ranked[20])",
+    "a token": "pick(nodes[0])",
+    "a target": "pick(nodes.at(-1))",
+    "a supernode": "pick(supernodes[0])",
+    "the nodes": "openTab('nodes')",
+    "the supernodes": "openTab('groups')",
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_everything_that_takes_the_focus_has_a_name(open_page, state):
+    open_page.evaluate(STATES[state])
+    tree = open_page.accessibility()
+    focusable = [node for node in tree if node.get("focusable")]
+    assert len(focusable) > 8
+    assert open_page.evaluate("byId('panel').scrollWidth <= byId('panel').clientWidth")
+    assert [node for node in focusable if not node["name"].strip()] == []
+    assert [node for node in tree if node["role"] == "image" and not node["name"]] == []
+
+
+def test_the_focus_goes_through_the_page_in_reading_order(open_page):
+    open_page.evaluate("document.body.focus()")
+    order = []
+    for _ in range(9):
+        open_page.press("Tab")
+        order.append(
+            open_page.evaluate("document.activeElement.id || document.activeElement.closest('[id]').id")
+        )
+    assert order[:7] == ["target", "count", "edges", "find", "fit", "plot", "tab-details"]
+    assert order[7:] == ["panel", "panel"]
+
+
+def test_the_drawing_has_an_equal_table(open_page, content):
+    """All that is drawn is in the table of the tab Nodes, with the figures that the details show."""
+    graph = content.graph
+    open_page.evaluate("foldAll(false); openTab('nodes')")
+    open_page.click("#panel .more")
+    tree = open_page.accessibility()
+    (table,) = [node for node in tree if node["role"] == "table"]
+    assert table["name"] == f"{len(graph)} nodes by effect"
+    headers = [node["name"] for node in tree if node["role"] == "columnheader"]
+    assert headers[:3] == ["node", "layer", "activation"]
+    assert sum(node["role"] == "rowheader" for node in tree) == len(graph)
+    rows = open_page.evaluate(
+        "[...document.querySelectorAll('#panel tbody tr')].map((row) => [...row.children].map((one) => one.innerText))"
+    )
+    strength = graph.total_nK.abs().sum(1)
+    best = graph.strongest_numbers(1)[0]
+    row = next(row for row in rows if row[0].startswith(graph.label(best)))
+    assert float(row[2].replace("\u2212", "-")) == pytest.approx(float(graph.activation_n[best]), rel=0.02)
+    assert float(row[3].replace("\u2212", "-")) == pytest.approx(float(graph.total_nK[best, 0]), rel=0.02)
+    drawn = open_page.evaluate(
+        "[...scene.items].sort((a, b) => strengthOf(b) - strengthOf(a)).map((one) => one.id)"
+    )
+    assert strength[drawn].tolist() == sorted(strength.tolist(), reverse=True)
+    open_page.click("#panel tbody button")
+    assert open_page.evaluate("state.picked.id") == drawn[0]
+
+
+def test_tokens_take_the_colour_of_what_is_under_the_pointer(open_page):
+    open_page.evaluate("foldAll(false)")
+
+    def strip():
+        return open_page.evaluate(
+            "[...pen.getImageData(0, canvas.height - AXIS.bottom, canvas.width, AXIS.bottom).data].join()"
+        )
+
+    before = strip()
+    open_page.hover(*item(open_page, "ranked[0]"))
+    assert open_page.evaluate("state.over === ranked[0]")
+    assert strip() != before
+    open_page.hover(*item(open_page, "nodes[0]"))  # a token comes from itself alone
+    assert strip() == before
+
+
 def test_pointer_zooms_pans_and_tells(open_page):
     open_page.evaluate("foldAll(false)")
     x, y = item(open_page, "ranked[0]")

@@ -173,6 +173,9 @@ def test_the_whole_path_in_a_browser(browser, server, library):
     """Index, a new prompt traced, its page, live steering, a supernode made and saved, and back as it was left."""
     with browser.open(server) as page:
         assert page.evaluate("document.querySelectorAll('#graphs a').length") == 1
+        focusable = [node for node in page.accessibility() if node.get("focusable")]
+        assert len(focusable) > 4
+        assert all(node["name"].strip() for node in focusable)
         page.evaluate("byId('prompt').focus()")
         page.type("four five")
         page.press("Enter")

@@ -1,6 +1,6 @@
 // Where things stand: layers from bottom to top, tokens from left to right, each cell a small grid of nodes with the
 // folded supernodes, as pills, above it. World units are CSS pixels at zoom 1.
-const STEP = 17, GAP = 26, LEFT = 8, PILL = 24, LETTER = 7.1;
+const STEP = 17, GAP = 26, LEFT = 8, PILL = 24, LETTER = 7.1, SLANT = 6; // longer names of tokens may be slanted
 
 // The things that are drawn: shown nodes outside of folded supernodes, and the folded supernodes.
 function visibleItems() {
@@ -28,10 +28,16 @@ function layOut(items) {
     for (const pill of cell.pills) pill.width = pill.label.length * LETTER + 34;
   }
   const columns = widths([...cells.values()]);
-  const rows = heights([...cells.values()], columns);
+  const width = columns.at(-1).x + columns.at(-1).width, rows = spread(heights([...cells.values()], columns), width);
   for (const cell of cells.values()) settle(cell, columns[cell.position], rows[cell.row]);
-  const last = columns.at(-1);
-  return { columns, rows, width: last.x + last.width, height: rows[0].y + rows[0].height };
+  return { columns, rows, width, height: rows[0].y + rows[0].height };
+}
+
+// Long prompts are wide: the layers then move apart, to fill the window that the width is fitted to.
+const APART = 110;
+function spread(rows, width) {
+  const { x, y } = room(), extra = Math.max(0, Math.min(APART, (width * y / x - rows[0].y - rows[0].height) / rows.length));
+  return rows.map((row, r) => ({ ...row, y: row.y + (rows.length - 1 - r) * extra, height: row.height + extra, above: extra / 2 }));
 }
 
 function widths(cells) {
@@ -40,7 +46,8 @@ function widths(cells) {
     const here = cells.filter((cell) => cell.position === position);
     const across = Math.max(2, Math.ceil(Math.sqrt(1.6 * Math.max(1, ...here.filter((cell) => cell.row <= header.n_layers).map((cell) => cell.dots.length)))));
     const pills = here.flatMap((cell) => cell.pills.map((pill) => pill.width));
-    const column = { x, across, width: Math.max(across * STEP, word(text).length * LETTER, ...pills) + GAP };
+    const full = here.some((cell) => cell.row > 0), name = Math.min(word(text).length, SLANT) * LETTER;
+    const column = { x, across, width: Math.max(full ? across * STEP : 0, name, ...pills) + (full ? GAP : GAP / 2) };
     x += column.width;
     return column;
   });
@@ -61,7 +68,7 @@ function heights(cells, columns) {
 
 // The strongest stand in the middle of their column, the others fall away to both sides.
 function settle(cell, column, row) {
-  const middle = column.x + column.width / 2, top = row.y + 0.4 * GAP;
+  const middle = column.x + column.width / 2, top = row.y + row.above + 0.4 * GAP;
   cell.pills.forEach((pill, i) => { pill.x = middle; pill.y = top + (i + 0.5) * PILL; });
   const target = cell.row > header.n_layers, across = target ? 1 : cell.row === 0 ? cell.dots.length : column.across;
   cell.dots.forEach((node, i) => {

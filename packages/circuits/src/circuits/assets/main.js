@@ -30,6 +30,7 @@ function mark(item) {
   paint();
 }
 function glance(item) {
+  hover(item);
   if (!item) { byId("tip").hidden = true; return; }
   const { x, y } = toScreen(item), box = canvas.getBoundingClientRect();
   showTip(item, x + box.left, y + box.top);
@@ -68,7 +69,7 @@ function zoom(factor, x = size.width / 2, y = size.height / 2) {
   paint();
 }
 function pointer() {
-  let from = null, over = null;
+  let from = null;
   canvas.addEventListener("wheel", (event) => {
     event.preventDefault();
     const box = canvas.getBoundingClientRect();
@@ -89,7 +90,7 @@ function pointer() {
     const item = itemAt(event);
     if (item) showTip(item, event.clientX, event.clientY);
     else byId("tip").hidden = true;
-    if (item !== over) { over = item; canvas.classList.toggle("over", Boolean(item)); }
+    hover(item);
   });
   canvas.addEventListener("pointerup", (event) => {
     const item = dragged ? null : itemAt(event), click = from && !dragged;
@@ -100,7 +101,14 @@ function pointer() {
     else pick(item && item !== state.picked ? item : null);
   });
   canvas.addEventListener("dblclick", (event) => { const item = itemAt(event); if (item?.members) fold(item, false); });
-  canvas.addEventListener("pointerleave", () => { byId("tip").hidden = true; });
+  canvas.addEventListener("pointerleave", () => { byId("tip").hidden = true; hover(null); });
+}
+// Of the drawing, only the tokens change with what is under the pointer.
+function hover(item) {
+  if (item === state.over) return;
+  state.over = item;
+  canvas.classList.toggle("over", Boolean(item));
+  requestAnimationFrame(tokenNames);
 }
 
 // The arrows go to the nearest thing in their direction; what lies aside counts double.
@@ -192,7 +200,7 @@ function controls() {
   for (const name of Object.keys(TABS)) byId(`tab-${name}`).addEventListener("click", () => openTab(name));
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); redrawEdges(); paint(); });
-  addEventListener("resize", () => { resize(); fit(); });
+  addEventListener("resize", () => { resize(); rebuild(); fit(); });
 }
 
 byId("title").textContent = document.title;

@@ -1,9 +1,10 @@
 // Drawing on one canvas: `rebuild` decides what there is to draw, `paint` draws it under the current zoom.
 const canvas = byId("plot"), pen = canvas.getContext("2d");
-const state = { target: 0, count: 0, edges: 0, picked: null, focus: null, marked: new Set(), matches: null, busy: false };
+const state = { target: 0, count: 0, edges: 0, picked: null, focus: null, over: null, marked: new Set(), matches: null };
 let scene = { items: [], links: [], chosen: [], near: null, world: { columns: [], rows: [], width: 1, height: 1 } };
 let view = { x: 0, y: 0, k: 1 }, size = { width: 1, height: 1 }, ink = {};
-const AXIS = { left: 62, bottom: 30 };
+const AXIS = { left: 62, bottom: 30, slanted: false };
+const room = () => ({ x: Math.max(1, size.width - AXIS.left - 16), y: Math.max(1, size.height - AXIS.bottom - 12) });
 
 function readColours() {
   const style = getComputedStyle(document.documentElement);
@@ -17,6 +18,7 @@ function rebuild() {
   const items = visibleItems(), world = layOut(items), links = visibleLinks(state.target);
   if (state.picked && !items.includes(state.picked)) state.picked = null;
   if (state.focus && !items.includes(state.focus)) state.focus = null;
+  if (state.over && !items.includes(state.over)) state.over = null;
   const chosen = state.picked ? chosenLinks(links) : links.slice(0, state.edges);
   scene = { items, links, chosen, world, near: state.picked ? nearOf(chosen) : null, top: topEffect(items) };
   keptMass(items, links);
@@ -57,7 +59,8 @@ function paintNow() {
   pen.textBaseline = "middle";
   for (const item of scene.items) if (inSight(item)) (item.members ? drawPill : drawNode)(item);
   pen.restore();
-  axes();
+  layerNames();
+  tokenNames();
 }
 
 const toScreen = (item) => ({ x: item.x * view.k + view.x, y: item.y * view.k + view.y });
@@ -66,7 +69,7 @@ function inSight(item) {
   return x > -margin && y > -margin && x < size.width + margin && y < size.height + margin;
 }
 const dimmed = (item) => (state.matches ? !state.matches.has(item) : scene.near ? !scene.near.has(item) : false);
-const radius = (item) => (ranks(item) ? 2.4 + 6 * Math.sqrt(Math.min(1, Math.abs(effect(item, state.target)) / scene.top)) : item.kind === "logit" ? 7 : 5);
+const radius = (item) => (ranks(item) ? 2.9 + 5.5 * Math.sqrt(Math.min(1, Math.abs(effect(item, state.target)) / scene.top)) : item.kind === "logit" ? 7 : 5);
 function drawNode(node) {
   const r = radius(node), minus = ranks(node) && effect(node, state.target) < 0;
   pen.globalAlpha = dimmed(node) ? 0.14 : 1;
@@ -82,7 +85,7 @@ function drawNode(node) {
     pen.strokeStyle = node.kind === "embedding" ? ink.ink : ink.page;
     pen.stroke();
   }
-  if (node.kind === "logit") text(`${nameOf(node)}  ${number(node.activation)}`, node.x + 7 + 7 / view.k, node.y, ink.ink, 13 / view.k, 600);
+  if (node.kind === "logit") text(`${nameOf(node)}  ${number(node.activation)}`, node.x + 7 + 7 / view.k, node.y, ink.ink, (header.targets.length > 1 ? Math.min(13, 1.3 * STEP * view.k) : 13) / view.k, 600);
   else if (ranks(node) && view.k > 1.9) text(`${node.layer}/${node.index}`, node.x, node.y + r + 4.5, ink.soft, 4.4, 400, "center");
   rings(node, (extra) => { pen.beginPath(); pen.arc(node.x, node.y, r + extra, 0, 7); });
   pen.globalAlpha = 1;
@@ -136,11 +139,7 @@ function bands() {
   });
 }
 // The names of layers and tokens stay in sight at the edges.
-function axes() {
-  pen.fillStyle = ink.page;
-  pen.fillRect(0, size.height - AXIS.bottom, size.width, AXIS.bottom);
-  pen.fillStyle = ink.line;
-  pen.fillRect(AXIS.left, size.height - AXIS.bottom, size.width, 1);
+function layerNames() {
   let free = Infinity;
   scene.world.rows.forEach((row, r) => {
     const y = (row.y + row.height / 2) * view.k + view.y;
@@ -148,27 +147,63 @@ function axes() {
     text(r === 0 ? "tokens" : r > header.n_layers ? "output" : `layer ${r - 1}`, 10, y, ink.soft, 11.5);
     free = y - 15;
   });
+}
+// The tokens have the colour of what they give to the thing under the pointer, or to what is picked.
+function tokenNames() {
+  const item = state.over ?? state.picked, map = item && tokenMap(item), top = map && Math.max(1e-30, ...map.values.map(Math.abs));
+  const y = size.height - AXIS.bottom;
+  pen.fillStyle = ink.page;
+  pen.fillRect(0, y, size.width, AXIS.bottom);
+  pen.fillStyle = ink.line;
+  pen.fillRect(AXIS.left, y, size.width, 1);
   header.tokens.forEach((what, position) => {
     const column = scene.world.columns[position], x = (column.x + column.width / 2) * view.k + view.x;
     if (x < AXIS.left || x > size.width) return;
-    const room = column.width * view.k - 4, letters = Math.floor(room / LETTER), name = word(what);
-    if (letters < 2) return;
-    text(name.length > letters ? `${name.slice(0, letters - 1)}\u2026` : name, x, size.height - AXIS.bottom / 2 + 1, ink.ink, 12.5, 500, "center");
+    if (map) tint(map.values[position] / top, x - (column.width * view.k) / 2, y, column.width * view.k);
+    const wide = column.width * view.k, name = word(what);
+    if (AXIS.slanted) slanted(name, x, y, wide);
+    else text(shortened(name, Math.floor((wide - 6) / LETTER)), x, y + AXIS.bottom / 2 + 1, ink.ink, 12.5, 500, "center");
   });
+}
+
+const shortened = (name, letters) => (name.length > letters ? `${name.slice(0, Math.max(0, letters - 1))}\u2026` : name);
+const fits = (name, wide) => name.length * LETTER + 6 <= wide;
+function slanted(name, x, y, wide) {
+  if (wide < 9) return; // too narrow even so
+  pen.save();
+  pen.translate(x + 3, y + 7);
+  pen.rotate(-0.8);
+  text(shortened(name, 9), 0, 0, ink.ink, 11.5, 500, "right");
+  pen.restore();
+}
+
+// A bar of the share (a broken one where it is negative) under a wash of the colour.
+function tint(share, x, y, width) {
+  pen.fillStyle = share < 0 ? ink.minus : ink.plus;
+  pen.globalAlpha = 0.34 * Math.abs(share);
+  pen.fillRect(x + 1, y + 1, width - 2, AXIS.bottom - 1);
+  pen.globalAlpha = 1;
+  const long = (width - 4) * Math.abs(share), dash = share < 0 ? 5 : long;
+  for (let at = 0; at < long; at += dash + 2) pen.fillRect(x + (width - long) / 2 + at, y + AXIS.bottom - 3, Math.min(dash, long - at), 3);
 }
 
 function resize() {
   const box = canvas.parentElement.getBoundingClientRect(), ratio = devicePixelRatio || 1;
-  size = { width: box.width, height: box.height };
+  size = { width: Math.round(box.width), height: Math.round(box.height) }; // whole pixels: strips are painted over
   Object.assign(canvas, { width: Math.round(box.width * ratio), height: Math.round(box.height * ratio) });
   Object.assign(layer, { width: canvas.width, height: canvas.height });
   redrawEdges();
 }
 function fit() {
-  const { world } = scene, room = { x: size.width - AXIS.left - 16, y: size.height - AXIS.bottom - 12 };
+  const { world } = scene, { x, y } = room();
   // The targets' names keep their size on the screen.
-  const named = scene.items.filter((item) => item.kind === "logit").map((item) => (room.x - 30 - 7.6 * (nameOf(item).length + 8)) / item.x);
-  const k = Math.min(1.6, Math.max(0.05, Math.min(room.x / world.width, room.y / world.height, ...named)));
-  view = { k, x: AXIS.left + 4 + Math.max(0, (room.x - world.width * k) / 3), y: 8 + Math.max(0, (room.y - world.height * k) / 2) };
-  paint();
+  const named = scene.items.filter((item) => item.kind === "logit").map((item) => (x - 30 - 7.6 * (nameOf(item).length + 8)) / item.x);
+  const k = Math.min(1.6, Math.max(0.05, Math.min(x / world.width, y / world.height, ...named)));
+  const slanted = header.tokens.some((what, position) => !fits(word(what), world.columns[position].width * k));
+  if (slanted !== AXIS.slanted) { // the names need another height: lay out again, once
+    Object.assign(AXIS, { slanted, bottom: slanted ? 62 : 30 });
+    if (slanted) { rebuild(); return fit(); }
+  }
+  view = { k, x: AXIS.left + 4 + Math.max(0, (x - world.width * k) / 3), y: 8 + Math.max(0, (y - world.height * k) / 2) };
+  return paint();
 }

@@ -41,7 +41,8 @@ function tokenTable(item) {
     return row;
   });
   const title = item.members ? "from tokens, as flow to the target" : item.kind === "logit" ? "from tokens" : "its activation from tokens";
-  const rest = [["all tokens", signed(map.sum)], ...(item.members ? [] : [["biases and positions", signed(item.activation - map.sum)]])];
+  const other = item.members ? 0 : item.activation - map.sum, felt = Math.abs(other) > 1e-5 * Math.abs(map.sum);
+  const rest = [["all tokens", signed(map.sum)], ...(felt ? [["biases and positions", signed(other)]] : [])];
   return [html("h3", { textContent: title }), html("div", { className: "tokens", aria: { role: "table", label: title } }, ...rows), facts(rest)];
 }
 
@@ -78,7 +79,7 @@ function overview() {
   const targets = header.targets.map((name, k) => [word(name), `${number(header.target_values[k])}   p ${percent(header.target_probabilities[k])}`]);
   return [
     html("h2", { textContent: "This graph" }),
-    facts([["model", header.model], ["targets", header.metric], ["reference", header.reference], ["nodes", String(nodes.length)], ["edges", String(edges.length)],
+    facts([["model", header.model.split("/").at(-1)], ["targets", header.metric], ["reference", header.reference], ["nodes", String(nodes.length)], ["edges", String(edges.length)],
       ["relevance conserved to", header.conservation_error.toExponential(0).replace("-", MINUS)]]),
     html("h3", { textContent: "targets" }), facts(targets),
     html("h3", { textContent: "strongest" }),
@@ -96,7 +97,22 @@ function nodesTab() {
   const matches = state.matches ? scene.items.filter((item) => state.matches.has(item)) : scene.items;
   const items = [...matches].sort((a, b) => strengthOf(b) - strengthOf(a));
   const title = state.matches ? `${items.length} found` : `${items.length} nodes by effect`;
-  return [html("h2", { textContent: title }), nodeList(items)];
+  return [html("h2", { id: "nodes-title", textContent: title }), nodeTable(items)];
+}
+// What the drawing shows, as a table: where a thing is, its value, its effect; the strongest first.
+function nodeTable(items, most = LONG) {
+  const head = ["node", "layer", "activation", `effect on ${word(header.targets[state.target])}`].map((name) => html("th", { scope: "col", textContent: name }));
+  const made = html("table", { aria: { labelledby: "nodes-title" } }, html("thead", {}, html("tr", {}, ...head)), html("tbody", {}, ...items.slice(0, most).map(nodeRow)));
+  const rest = items.length - most;
+  return rest > 0 ? html("div", {}, made, button(`${rest} more`, (event) => event.target.parentElement.replaceWith(nodeTable(items, Infinity)), { className: "more" })) : made;
+}
+function nodeRow(item) {
+  const name = button(nameOf(item), () => pick(item), { className: "link name" }), figure = (text, minus) => html("td", { textContent: text, className: minus ? "lowers" : "" });
+  if (item === state.picked) name.setAttribute("aria-current", "true");
+  const valued = !item.members && (ranks(item) || item.kind === "logit"), value = effect(item, state.target);
+  const layer = item.kind === "logit" ? "output" : item.members ? "several" : item.layer < 0 ? "tokens" : String(item.layer);
+  return html("tr", { on: { mouseenter: () => glance(item), mouseleave: () => glance(null) } }, html("th", { scope: "row" }, name),
+    figure(layer), figure(valued ? number(item.activation) : ""), figure(item.kind === "logit" ? "" : signed(value), value < 0));
 }
 
 // What happens to the targets when the thing is scaled in the model itself.
