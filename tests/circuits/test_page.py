@@ -80,6 +80,11 @@ def test_opens_without_an_error_and_draws(browser, folder, width, dark):
         assert colours > 20
         assert page.text("#title") == page.evaluate("header.prompt.trim().replace(/\\s+/g, ' ')")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        for _ in range(2):  # as large as its place, also after the window changes
+            assert page.evaluate("canvas.width === Math.round(byId('stage').getBoundingClientRect().width)")
+            assert page.evaluate("canvas.height === Math.round(byId('stage').getBoundingClientRect().height)")
+            page.set_size(width + 60, 700)
+            page.settle()
         assert not page.errors
         assert page.fetched == [page.url]
 

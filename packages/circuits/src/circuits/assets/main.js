@@ -200,7 +200,7 @@ function controls() {
   for (const name of Object.keys(TABS)) byId(`tab-${name}`).addEventListener("click", () => openTab(name));
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); redrawEdges(); paint(); });
-  addEventListener("resize", () => { resize(); rebuild(); fit(); });
+  new ResizeObserver(() => { resize(); rebuild(); fit(); }).observe(byId("stage"));
 }
 
 byId("title").textContent = document.title;

@@ -118,8 +118,9 @@ function text(what, x, y, colour, points, weight = 400, align = "left") {
   pen.fillText(what, x, y);
 }
 
-// Open supernodes: a halo of their colour behind each member, and the name above the highest one.
+// Open supernodes: a halo of their colour behind each member, and the name above the highest one, clear of other names.
 function hulls() {
+  const taken = [];
   for (const one of supernodes.filter((item) => !item.folded)) {
     const members = [...one.members].filter((node) => node.shown);
     if (!members.length) continue;
@@ -128,7 +129,11 @@ function hulls() {
     for (const node of members) { pen.beginPath(); pen.arc(node.x, node.y, radius(node) + 4, 0, 7); pen.fill(); }
     pen.globalAlpha = 1;
     const highest = members.reduce((top, node) => (node.y < top.y ? node : top));
-    text(one.label, highest.x, highest.y - 15, ink.ink, 10.5, 600, "center");
+    const place = { x: highest.x, y: highest.y - 15, wide: one.label.length * 6.2 };
+    const clash = (other) => Math.abs(other.x - place.x) < (other.wide + place.wide) / 2 && Math.abs(other.y - place.y) < 12;
+    while (taken.some(clash)) place.y -= 12;
+    taken.push(place);
+    text(one.label, place.x, place.y, ink.ink, 10.5, 600, "center");
   }
 }
 
