@@ -1,7 +1,10 @@
 """The assumption_probing pipeline: settings refused in time, exact curves, one small study and its resumption."""
 
+import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,7 +191,19 @@ def test_messages_of_the_embedded_world_carry_their_truth():
     assert list(moved_outcomes("elsewhere.csv", "user_rightness")) == list(OUTCOMES)
 
 
-def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
+@dataclass(frozen=True)
+class SmallStudy:
+    """A finished study, its engine, how often that was started, and the settings."""
+
+    folder: Path
+    config: AssumptionProbingConfig
+    engine: ScriptedGenerator
+    started: list[int]
+    metrics: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def small_study(tmp_path_factory):
     """The whole pipeline with an engine that answers with the posterior; the model's own activations and replies."""
     from assumptions import pipeline
 
@@ -198,14 +213,66 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
 
     shape = pipeline.instrument("tinyworld_nine").shape()
     engine = ScriptedGenerator(shape, truth, rates={"prose_only": 0.1})
-    started = []
-    monkeypatch.setattr(pipeline, "start_engine", lambda *_: started.append(1) or engine)
+    started, folder = [], tmp_path_factory.mktemp("study") / "run"
     choice = ChoiceSettings(blocks=[1], random=1, messages=2)
     steering = SteeringSettings(doses=[-2.0, 0.0, 2.0], random=1, messages=2, max_tokens=16, choice=choice)
     config = AssumptionProbingConfig(messages=60, shuffles=2, steering=steering, again=2, truth=2, unguided=3)
-    with start_run(tmp_path / "run", {"settings": config}, seed=0) as run:
-        metrics = PIPELINE.run(config, ModelConfig("tinyworld"), run)
-        run.metrics(metrics)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "start_engine", lambda *_: started.append(1) or engine)
+        with start_run(folder, {"settings": config}, seed=0) as run:
+            metrics = PIPELINE.run(config, ModelConfig("tinyworld"), run)
+            run.metrics(metrics)
+        yield SmallStudy(folder, config, engine, started, metrics)
+
+
+def test_the_page_of_a_study_in_a_browser(small_study, browser, tmp_path):
+    """What a person, with or without sight, finds on the page; nothing is fetched, nothing is cut off."""
+    page_path = shutil.copyfile(small_study.folder / "report.html", tmp_path / "page.html")
+    with browser.open(page_path) as page:
+        assert page.errors == []
+        assert page.fetched == [page.url]
+        figures = page.evaluate(
+            """[...document.querySelectorAll("figure")].map((one) => {
+                const { width, height } = one.querySelector("svg").getBoundingClientRect();
+                const ink = one.querySelectorAll("svg path, svg use, svg image").length;
+                return { width, height, ink, caption: one.querySelector("figcaption").innerText };
+            })"""
+        )
+        assert len(figures) == 7
+        for one in figures:
+            assert 300 < one["width"] <= 1000
+            assert one["height"] > 100
+            assert one["ink"] > 20
+        for said in (
+            "Dose against judged sycophancy",
+            "Where the score can be read",
+            "Specificity: slope of stated scores",
+            "Sycophancy against perplexity",
+        ):
+            assert any(said in one["caption"] for one in figures), said
+        nodes = page.accessibility()
+        images = [one["name"] for one in nodes if one["role"] == "image"]
+        assert sorted(images) == sorted(one["caption"] for one in figures)
+        tables = [one["name"] for one in nodes if one["role"] == "table"]
+        assert len(tables) >= 8
+        assert {"columnheader", "rowheader"} <= {one["role"] for one in nodes}
+        for width in (1280, 420):
+            page.set_size(width, 800)
+            page.settle()
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.set_dark(True)
+        colours = page.evaluate(
+            "[document.body, document.querySelector('svg')].map((one) => getComputedStyle(one).color)"
+        )
+        assert colours == ["rgb(231, 230, 225)"] * 2
+
+
+def test_a_small_study_and_its_resumption(small_study, monkeypatch):
+    from assumptions import pipeline
+
+    folder, config, engine = small_study.folder, small_study.config, small_study.engine
+    started, metrics = small_study.started, small_study.metrics
+    monkeypatch.setattr(pipeline, "start_engine", lambda *_: started.append(1) or engine)
     health = metrics["elicitation_health"]
     assert engine.asked == 60
     assert health["clean"] + health["failed"] == 60
@@ -222,23 +289,21 @@ def test_a_small_study_and_its_resumption(tmp_path, monkeypatch):
     assert set(metrics["preservation"]) >= {"none@0", "objectivity_seeking.probe@2"}
     assert set(metrics["closure"]["own"]["slope"]) == {"validation_seeking", "objectivity_seeking"}
     assert 0 <= metrics["json_valid_unguided"] <= 1
-    page = (tmp_path / "run" / "report.html").read_text()
+    page = (folder / "report.html").read_text()
     assert page.count("<svg") >= 4
     assert "http" not in page.replace("http://www.w3.org", "")
-    assert read_json(tmp_path / "run" / "metrics.json")["spearman"]["user_rightness"] == pytest.approx(1.0)
+    assert read_json(folder / "metrics.json")["spearman"]["user_rightness"] == pytest.approx(1.0)
 
     engine.rates = {}
-    stages = read_json(tmp_path / "run" / "stages.json")
-    with start_run(tmp_path / "run", {"settings": config}, seed=0) as run:
+    stages = read_json(folder / "stages.json")
+    with start_run(folder, {"settings": config}, seed=0) as run:
         again = PIPELINE.run(config, ModelConfig("tinyworld"), run)
     assert engine.asked == 60 + health["failed"]
     assert again["json_valid"] == 1.0
-    with start_run(tmp_path / "run", {"settings": config}, seed=0) as run:
+    with start_run(folder, {"settings": config}, seed=0) as run:
         assert plain(PIPELINE.run(config, ModelConfig("tinyworld"), run)) == plain(again)
     assert len(started) == 2  # nothing was left to ask the third time
-    assert (
-        read_json(tmp_path / "run" / "stages.json")["features.safetensors"] == stages["features.safetensors"]
-    )
+    assert read_json(folder / "stages.json")["features.safetensors"] == stages["features.safetensors"]
 
 
 def test_answers_count_for_the_messages_they_were_given_about(tmp_path, monkeypatch, model):

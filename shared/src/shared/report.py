@@ -16,6 +16,7 @@ from shared.serialize import atomic_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SHORT = 16  # characters of a text that stays on one line of a table
 SVG_LIMIT = 1_500_000  # bytes; above it a bitmap is smaller and quicker to draw
 
 
@@ -40,23 +41,35 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def table_html(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
-    """An HTML table; columns in order of first appearance, numbers right-aligned, missing cells empty."""
+    """An HTML table; columns in order of first appearance, numbers right-aligned, missing cells empty.
+
+    Text in the first column heads its row.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(_cell(row.get(column, '')) for column in columns)}</tr>" for row in rows)
+    head = "".join(f'<th scope="col">{html.escape(str(column))}</th>' for column in columns)
+    cells = ((_cell(row.get(column, ""), place == 0) for place, column in enumerate(columns)) for row in rows)
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(caption or "Table")}">'
+        f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, first: bool) -> str:
     numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f"<td{' class=n' if numeric else ''}>{html.escape(_number(value))}</td>"
+    if first and isinstance(value, str) and value:
+        return f'<th scope="row">{html.escape(value)}</th>'
+    text = _number(value)
+    kind = " class=n" if numeric else " class=s" if len(text) <= SHORT else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
 
 
-def figure_svg(figure: "Figure") -> str:
-    """The figure as an <svg> element that follows the page's colours, or as an inline PNG where SVG would be huge."""
+def figure_svg(figure: "Figure", caption: str = "") -> str:
+    """The figure as an <svg> element that follows the page's colours, or as an inline PNG where SVG would be huge.
+
+    The caption is its name for who cannot see it.
+    """
     import matplotlib
 
     buffer = io.StringIO()
@@ -66,10 +79,10 @@ def figure_svg(figure: "Figure") -> str:
     if len(svg) > SVG_LIMIT:
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=160, bbox_inches="tight", facecolor="white")
-        return (
-            f'<img alt="" src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode("ascii")}">'
-        )
-    svg = svg[svg.index("<svg") :]
+        content = base64.b64encode(image.getvalue()).decode("ascii")
+        return f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{content}">'
+    named = f'<svg role="img" aria-label="{html.escape(caption)}"'
+    svg = svg[svg.index("<svg") :].replace("<svg", named, 1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return svg.replace("#000000", "currentColor").replace("#ffffff", "var(--page)")
 
@@ -95,7 +108,7 @@ class Report:
     def figure(self, figure: "Figure", caption: str) -> None:
         """Add a matplotlib figure with its caption."""
         self._parts.append(
-            f"<figure>{figure_svg(figure)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+            f"<figure>{figure_svg(figure, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
     def html(self, fragment: str) -> None:

@@ -138,7 +138,8 @@ def specificity_chart(
     largest = float(np.nanmax(np.abs(slopes_RK), initial=1e-9))
     axis.imshow(slopes_RK, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
     for (row, column), value in np.ndenumerate(slopes_RK):
-        shade = "white" if abs(value) > 0.6 * largest else "black"
+        # Not black and white, which follow the page's colours: the cells do not.
+        shade = "#fefefe" if abs(value) > 0.6 * largest else "#111111"
         axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
     axis.set_xticks(range(len(columns)), [_label(name) for name in columns], rotation=35, ha="right")
     axis.set_yticks(range(len(rows)), [_label(name) for name in rows])
@@ -158,6 +159,8 @@ def tradeoff_chart(
     The direction's doses are joined, the largest marked; a random direction is grey, controls in words are crosses.
     `perplexity`: by "condition@dose", under the unedited model; a control that has none is not drawn.
     """
+    from matplotlib.ticker import LogFormatter
+
     figure, panels = _panels(len(curves))
     for axis, (name, lines) in zip(panels, curves.items(), strict=True):
         random = [
@@ -182,9 +185,13 @@ def tradeoff_chart(
         axis.set_title(_label(name))
         axis.set_xlabel("judged sycophancy (1 to 5)")
         axis.set_yscale("log")  # words can cost hundreds of times what a direction does
+        for level in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            level(LogFormatter(minor_thresholds=(2, 0.5)))
         axis.set_ylabel("perplexity of the replies", fontsize=8)
         if words.get(name):
-            axis.legend(fontsize=7)
+            axis.legend(
+                fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2
+            )  # beside no point
     return figure
 
 

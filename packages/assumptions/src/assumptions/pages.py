@@ -84,6 +84,9 @@ def add_probes(
         "others. Shuffled labels, length and format and a bag of words went through the same search."
     )
     report.table([_probe_row(name, score) for name, score in scores.items()], "Probes on test messages")
+    report.table(
+        [_control_row(name, score) for name, score in scores.items()], "Their controls on test messages"
+    )
     report.figure(probe_chart(scores), "R2 of the probes and of their controls.")
     report.figure(block_chart(scores), "Where the score can be read; dots mark the chosen block.")
 
@@ -94,21 +97,27 @@ def _probe_row(name: str, score: ProbeScore) -> dict[str, Any]:
         "dimension": name,
         "block": score.block,
         "R2": score.r2,
+        "95%": f"{score.intervals.r2.low:.3f} to {score.intervals.r2.high:.3f}"
+        if score.intervals.r2
+        else "none",
         "Spearman": score.spearman,
         "AUROC (<.3 against >.7)": extremes.auroc
         if extremes.auroc is not None
         else f"none: {extremes.refusal}",
-        "rows": f"{extremes.n_low} / {extremes.n_high}",
-        "95%": f"{score.intervals.r2.low:.3f} to {score.intervals.r2.high:.3f}"
-        if score.intervals.r2
-        else "none",
+        "rows below / above": f"{extremes.n_low} / {extremes.n_high}",
+        "cosine of halves": score.stability.filter,
+    }
+
+
+def _control_row(name: str, score: ProbeScore) -> dict[str, Any]:
+    return {
+        "dimension": name,
         "R2 beyond length": score.partial_r2,
         "R2 length and format": score.baselines["length_format"],
         "R2 bag of words": score.r2_bag_of_words,
         "R2 shuffled": score.r2_shuffled,
         "Spearman shuffled": score.spearman_shuffled,
         "AUROC shuffled": score.auroc_shuffled,
-        "cosine of halves": score.stability.filter,
     }
 
 
@@ -173,7 +182,10 @@ def add_steering(
         "Scores run from 1 to 5, the mean of the outcomes that the dimension should move. A dose without a judged "
         "reply has no mean (nan) and enters neither rho nor slope."
     )
-    report.figure(dose_chart(curves, unit, outcomes), "Dose against judged sycophancy.")
+    report.figure(
+        dose_chart(curves, unit, outcomes),
+        "Dose against judged sycophancy: the direction with its 95% interval, and its controls.",
+    )
     report.table(
         [_curve_row(name, curve) for name, lines in curves.items() for curve in lines], "Dose-response"
     )
@@ -214,7 +226,7 @@ def add_closure(report: Report, closure: Closure) -> None:
         "what was meant to move stands on the diagonal, the rest is off target."
     )
     figure = specificity_chart(closure.matrix, closure.directions, closure.dimensions)
-    report.figure(figure, "Slope of stated scores (columns) on the dose of directions (rows).")
+    report.figure(figure, "Specificity: slope of stated scores (columns) on the dose of directions (rows).")
     own, others, rho = closure.on_target(), closure.off_target(), closure.rho()
     report.table(
         [

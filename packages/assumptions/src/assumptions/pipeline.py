@@ -63,6 +63,7 @@ def run(
     """Run the pipeline up to a step (1; 1 to 3; all) and return its metrics."""
     messages = load_messages(config.data, config.messages, run.seed, config.columns)
     model = run.use_model(load(model_config))
+    run.report.title = f"What {model_config.name} assumes: {run.folder.name}"
     if last == "steer":
         check_judge(config.judge, model)
     scoring = elicit_scores(config, model, messages.chats, run)
