@@ -11,6 +11,7 @@ from circuits.cli import main
 from circuits.faithfulness import curve
 from circuits.graph import NEURON
 from circuits.linearize import linearize
+from circuits.memory import estimate
 from circuits.pathways import mean_reference, neuron_activations
 from circuits.relp import relp
 from circuits.rules import Rules
@@ -148,6 +149,14 @@ def test_ablating_the_strongest_neurons_in_the_model_moves_the_answer(model, pro
             ablated = problem.metric.value(model(problem.batch))
     assert all(acts[f"blocks.{node.layer}.neurons"][0, node.position, node.neuron] == 0 for node in nodes)
     assert (clean - ablated).abs().max() > 1e-2
+
+
+def test_memory_counts_the_matrices_of_one_block_and_not_of_all_prompts(model):
+    one, many = (estimate(model, rows, 16) for rows in (1, 4))
+    block = model.architecture.block(first_sparse(model))
+    assert one.experts == many.experts == 2 * block.W_up.numel() * block.W_up.element_size()
+    assert one.total - one.experts == (many.total - many.experts) / 4
+    assert "experts" in str(one)
 
 
 def test_random_controls_are_active_neurons_of_the_same_experts(model, problem_of):

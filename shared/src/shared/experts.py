@@ -200,7 +200,8 @@ class SparseMlp:
         rows = self.mlp.experts.gate_up_proj.chunk(2, dim=1)[half].flatten(0, 1)
         if hasattr(self.mlp, "shared_expert"):
             rows = torch.cat([rows, getattr(self.mlp.shared_expert, name).weight])
-        return pad(rows, (0, 0, 0, self.width - len(rows)))
+        missing = self.width - len(rows)
+        return pad(rows, (0, 0, 0, missing)) if missing else rows
 
     @property
     def W_gate(self) -> Float[Tensor, "W D"]:
@@ -218,4 +219,5 @@ class SparseMlp:
         columns = self.mlp.experts.down_proj.transpose(0, 1).flatten(1)
         if hasattr(self.mlp, "shared_expert"):
             columns = torch.cat([columns, self.mlp.shared_expert.down_proj.weight], dim=1)
-        return pad(columns, (0, self.width - columns.shape[1]))
+        missing = self.width - columns.shape[1]
+        return pad(columns, (0, missing)) if missing else columns

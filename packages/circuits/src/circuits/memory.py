@@ -39,11 +39,12 @@ class MemoryEstimate:
     scores: int
     patterns: int
     gradients: int
+    experts: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return sum((self.sites, self.coefficients, self.logits, self.scores, self.patterns, self.gradients))
+        return sum(vars(self).values())
 
     def __str__(self) -> str:
         parts = {name: size for name, size in vars(self).items() if size}
@@ -74,6 +75,7 @@ def estimate(
     step_bytes = tokens * n_targets * (2 * a.n_neurons + 6 * a.width + 3 * heads) * working
     rows = n_tokens if model.hf.config._attn_implementation == "eager" else min(ROWS, n_tokens)
     pattern_bytes = n_rows * a.n_heads * rows * n_tokens * 3 * working
+    sparse = any(a.experts(layer) for layer in range(a.n_layers))
     gradient_bytes = int(SAVED * site_bytes) if estimator in GRADIENTS else 0
     return MemoryEstimate(
         sites=site_bytes,
@@ -82,6 +84,8 @@ def estimate(
         scores=score_bytes + step_bytes,
         patterns=pattern_bytes,
         gradients=gradient_bytes,
+        # The matrices of all experts of one block side by side, and one more while that is made.
+        experts=2 * a.n_neurons * a.width * working if sparse else 0,
     )
 
 
