@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -115,14 +115,14 @@ def add_taps(hf: Any, row: Family) -> None:
 def listening(hf: nn.Module, paths: Iterable[str]) -> Iterator[None]:
     """Let the MLPs whose taps are among the module paths pass through them inside."""
     parents = {path.rpartition(".")[0] for path in paths}
-    taps = [hf.get_submodule(path) for path in parents if path.rpartition(".")[2] == TAPS]
+    taps = [cast(Taps, hf.get_submodule(path)) for path in parents if path.rpartition(".")[2] == TAPS]
     for one in taps:
-        one.live = True  # type: ignore[assignment]
+        one.live = True
     try:
         yield
     finally:
         for one in taps:
-            one.live = False  # type: ignore[assignment]
+            one.live = False
 
 
 def _forward(mlp: Any, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

@@ -38,11 +38,10 @@ class Family:
     fused_gate_up: bool = False
     act: str = "mlp.act_fn"
     experts: str | None = None
-    shared_expert: bool = False
 
     @property
     def sparse_mlp(self) -> str | None:
-        """Path of the mixture-of-experts MLP, in the blocks that have one; their gate, up and down are not `mlp`'s."""
+        """Path of the mixture-of-experts MLP, in the blocks that have one; gate, up, down and act are the others'."""
         return self.experts.rpartition(".")[0] if self.experts else None
 
 
@@ -123,6 +122,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "mixtral": replace(_LLAMA, model_type="mixtral", **_EXPERTS),
     "olmoe": replace(_LLAMA, model_type="olmoe", **_QK_NORM, **_EXPERTS),
-    "qwen2_moe": replace(_LLAMA, model_type="qwen2_moe", shared_expert=True, **_EXPERTS),
+    "qwen2_moe": replace(_LLAMA, model_type="qwen2_moe", **_EXPERTS),
     "qwen3_moe": replace(_LLAMA, model_type="qwen3_moe", **_QK_NORM, **_EXPERTS),
 }
