@@ -21,7 +21,7 @@ from assumptions.dimensions import NAMES
 from assumptions.elicitation import Elicitation, ElicitationSettings, elicit
 from assumptions.instruments import instrument
 from assumptions.sources import load_messages
-from shared.generation import Completion, Generator, HFGenerator, Request, Sampling, VLLMGenerator
+from shared.generation import Completion, Generator, HFGenerator, Request, Sampling, VLLMGenerator, VLLMReplicas
 from shared.generation.prompts import prompt_ids
 from shared.generation.text import decode_new
 from shared.models import Model, load
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this part."""
     parser.add_argument("--messages", type=int, default=192, help="messages a side and round")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that are counted")
+    parser.add_argument("--replicas", type=int, default=2, help="vLLM processes that share the machine")
     parser.add_argument(
         "--elicited-model", default="tinyworld", help="a folder or Hugging Face id, or tinyworld"
     )
@@ -83,11 +84,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     per_round = arguments.messages
     chats = load_messages("tinyworld", per_round * (arguments.rounds + 1), seed=3, columns={}).chats
     rounds = []
-    with VLLMGenerator(arguments.elicited_model) as vllm, tempfile.TemporaryDirectory() as folder:
+    with (
+        VLLMGenerator(arguments.elicited_model) as vllm,
+        VLLMReplicas(arguments.elicited_model, arguments.replicas) as replicas,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         sides: dict[str, Generator] = {
             "transformers_generate_batch_8": TransformersLoop(model),
             "hf_generator_batch_8": HFGenerator(model, batch_size=BATCH),
             "vllm": vllm,
+            "vllm_replicas": replicas,
         }
         for number in range(arguments.rounds + 1):
             part = chats[number * per_round : (number + 1) * per_round]

@@ -8,6 +8,7 @@ A sample is a function of prompt, sampling and seed: it does not depend on the b
 
 from shared.generation.hf import HFGenerator
 from shared.generation.openai_server import OpenAIGenerator
+from shared.generation.replicas import VLLMReplicas
 from shared.generation.requests import Completion, Generator, Request, Sampling
 from shared.generation.streaming import Piece, stream
 from shared.generation.vllm_engine import VLLMGenerator
@@ -21,5 +22,6 @@ __all__ = [
     "Request",
     "Sampling",
     "VLLMGenerator",
+    "VLLMReplicas",
     "stream",
 ]

@@ -1,0 +1,157 @@
+"""Several vLLM engines over one model, each in a process with GPUs or cores of its own: data parallelism.
+
+Draws are dealt round robin, so every replica gets its share of long and short ones. What a draw samples does not
+depend on its replica (`shared.generation.requests`). On a CPU this also pays on one socket: a small model's engine
+spends much of its time in single-threaded scheduling, which replicas do side by side.
+"""
+
+import os
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from shared.errors import UserError
+from shared.generation.requests import Completion, Draw, EngineBase, Sampling
+from shared.generation.vllm_engine import VLLMGenerator
+from shared.models import ModelConfig
+
+CLOSE_SECONDS = 20.0
+
+
+class VLLMReplicas(EngineBase):
+    """`replicas` engines of `VLLMGenerator(config, adapters=adapters, **engine)`, started together.
+
+    Each gets an equal share of this process's cores, or `tensor_parallel_size` (default 1) of the visible GPUs.
+    UserError when there are too few, when an engine refuses to start, and when one ends before it has answered.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | str,
+        replicas: int,
+        *,
+        adapters: Mapping[str, str | Path] | None = None,
+        **engine: Any,
+    ) -> None:
+        shares = environments(replicas, int(engine.get("tensor_parallel_size", 1)))
+        context = get_context("spawn")  # a forked child would inherit torch's threads and CUDA's state
+        self._children = []
+        try:
+            for share in shares:
+                here, there = context.Pipe()
+                with patch.dict(os.environ, share):  # read while the child's libraries load, before our code
+                    child = context.Process(target=_serve, args=(there, config, adapters, engine))
+                    child.start()
+                there.close()
+                self._children.append((child, here))
+            for number in range(replicas):
+                self._receive(number)
+        except BaseException:
+            self.close()
+            raise
+
+    def _complete(self, draws: list[Draw], sampling: Sampling) -> list[Completion]:
+        if not self._children:
+            raise UserError("these VLLMReplicas are closed: build new ones")
+        n = len(self._children)
+        for number, (_, connection) in enumerate(self._children):
+            connection.send((draws[number::n], sampling))
+        answers: list[Any] = [None] * len(draws)
+        errors = []
+        for number in range(
+            n
+        ):  # all are read even if one fails, or the next call would get this call's answers
+            try:
+                answers[number::n] = self._receive(number)
+            except (UserError, RuntimeError) as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return answers
+
+    def _receive(self, number: int) -> Any:
+        """What replica `number` answers; its UserError, or RuntimeError with its traceback, is raised here."""
+        child, connection = self._children[number]
+        try:
+            answer, error = connection.recv()
+        except (EOFError, ConnectionResetError):
+            child.join(CLOSE_SECONDS)
+            raise UserError(
+                f"the vLLM process of replica {number} ended with exit code {child.exitcode}; its output says why "
+                "(too little memory for this many replicas, for one)"
+            ) from None
+        if isinstance(error, UserError):
+            raise error
+        if error is not None:
+            raise RuntimeError(f"the vLLM process of replica {number} failed:\n{error}")
+        return answer
+
+    def close(self) -> None:
+        """End the processes; harmless when repeated."""
+        children, self._children = self._children, []
+        for _, connection in children:
+            connection.close()
+        for child, _ in children:
+            child.join(CLOSE_SECONDS)
+            if child.is_alive():
+                child.terminate()
+                child.join()
+
+
+def environments(replicas: int, gpus_each: int) -> list[dict[str, str]]:
+    """The environment variables that give each replica its GPUs, or its cores where there is no GPU."""
+    import torch
+
+    if replicas < 1:
+        raise UserError(f"replicas must be at least 1, got {replicas}")
+    if count := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(count)]
+        parts = _shares(gpus, replicas, gpus_each, f"{replicas} replicas of {gpus_each} GPUs", "GPUs")
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    each = max(1, len(cores) // replicas)
+    parts = _shares(cores, replicas, each, f"{replicas} replicas", "cores")
+    return [{"VLLM_CPU_OMP_THREADS_BIND": ",".join(part), "OMP_NUM_THREADS": str(each)} for part in parts]
+
+
+def _shares(all_: list[str], replicas: int, each: int, wanted: str, unit: str) -> list[list[str]]:
+    if replicas * each > len(all_):
+        raise UserError(f"{wanted} do not fit on {len(all_)} {unit}: ask for fewer replicas")
+    return [all_[i * each : (i + 1) * each] for i in range(replicas)]
+
+
+def _serve(
+    connection: Connection,
+    config: ModelConfig | str,
+    adapters: Mapping[str, str | Path] | None,
+    engine: dict[str, Any],
+) -> None:
+    """A replica: start the engine, then answer (draws, sampling) until the other end closes."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes the connection
+    try:
+        generator = VLLMGenerator(config, adapters=adapters, **engine)
+    except Exception as error:  # handed to the parent, whatever it is
+        connection.send((None, _told(error)))
+        return
+    with generator, suppress(EOFError, ConnectionError):  # the other end has closed
+        connection.send((None, None))
+        while True:
+            draws, sampling = connection.recv()
+            try:
+                reply = (generator._complete(draws, sampling) if draws else [], None)
+            except Exception as error:
+                reply = (None, _told(error))
+            connection.send(reply)
+
+
+def _told(error: Exception) -> UserError | str:
+    """A UserError as it is, of anything else the traceback: not every exception can be pickled."""
+    return UserError(str(error)) if isinstance(error, UserError) else traceback.format_exc()

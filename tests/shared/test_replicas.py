@@ -1,0 +1,141 @@
+"""Several vLLM processes: how cores and GPUs are shared out, and what a replica does with work, errors and its end."""
+
+import multiprocessing
+import os
+import threading
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from shared.errors import UserError
+from shared.generation import Completion, Request, Sampling, VLLMReplicas, replicas
+from shared.generation.requests import Draw
+
+GREEDY = Sampling(max_tokens=4)
+
+
+class Echo:
+    """Stands in for VLLMGenerator in a replica: answers with the prompt, refuses "bad", breaks on "worse"."""
+
+    def __init__(self, config, adapters, **engine):
+        if config == "missing":
+            raise UserError("no such model")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def _complete(self, draws, sampling):
+        prompts = [draw.request.prompt for draw in draws]
+        if "bad" in prompts:
+            raise UserError("a bad prompt")
+        if "worse" in prompts:
+            raise ValueError("broken")
+        return [Completion(prompt, [sampling.max_tokens], [], "stop") for prompt in prompts]
+
+
+class Thread(threading.Thread):
+    """A thread with what VLLMReplicas asks of a process."""
+
+    exitcode = 1
+
+    def terminate(self):
+        raise AssertionError("a replica did not end when its connection closed")
+
+
+class Threads:
+    """A multiprocessing context whose processes are threads, so that `Echo` reaches them."""
+
+    Pipe = staticmethod(multiprocessing.Pipe)
+    environments: list
+
+    def __init__(self):
+        self.environments = []
+
+    def Process(self, target, args):
+        self.environments.append(os.environ["VLLM_CPU_OMP_THREADS_BIND"])
+        connection, *rest = args
+        own = Connection(os.dup(connection.fileno()))  # as a process has it: the parent closes its copy
+        return Thread(target=target, args=(own, *rest))
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    monkeypatch.setattr(replicas, "VLLMGenerator", Echo)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # only a main thread may
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5})
+    context = Threads()
+    monkeypatch.setattr(replicas, "get_context", lambda _: context)
+    return context
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("requests", [0, 1, 5])
+def test_answers_come_back_in_order_whatever_the_number_of_replicas(threads, count, requests):
+    asked = [Request(f"p{i}") for i in range(requests)]
+    with VLLMReplicas("model", count) as engine:
+        answers = engine.generate(asked, GREEDY)
+        assert [answer.text for [answer] in answers] == [request.prompt for request in asked]
+    assert len(threads.environments) == count
+
+
+def test_errors_reach_the_caller_and_the_next_call_is_answered(threads):
+    with VLLMReplicas("model", 2) as engine:
+        with pytest.raises(UserError, match="a bad prompt"):
+            engine.generate([Request("good"), Request("bad")], GREEDY)
+        with pytest.raises(RuntimeError, match="replica 0 failed:(.|\n)*ValueError: broken"):
+            engine.generate([Request("worse"), Request("bad")], GREEDY)
+        assert [a.text for [a] in engine.generate([Request("x"), Request("y")], GREEDY)] == ["x", "y"]
+    with pytest.raises(UserError, match="closed"):
+        engine.generate([Request("x")], GREEDY)
+    engine.close()
+
+
+def test_a_model_that_does_not_load_is_an_error_of_the_constructor(threads):
+    with pytest.raises(UserError, match="no such model"):
+        VLLMReplicas("missing", 2)
+
+
+def test_a_replica_that_ended_is_named(threads):
+    engine = VLLMReplicas("model", 2)
+    thread, connection = engine._children[1]
+    here, there = multiprocessing.Pipe()
+    there.close()
+    engine._children[1] = (thread, here)
+    connection.close()
+    with pytest.raises(UserError, match="replica 1 ended with exit code 1"):
+        engine._receive(1)
+    engine.close()
+
+
+def test_cores_are_shared_out_and_the_environment_is_put_back(threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    before = dict(os.environ)
+    VLLMReplicas("model", 2).close()
+    assert threads.environments == ["0,1", "2,5"]
+    assert dict(os.environ) == before
+    assert [e["OMP_NUM_THREADS"] for e in replicas.environments(3, 1)] == ["1", "1", "1"]
+    for count, message in ((0, "at least 1"), (5, "5 replicas do not fit on 4 cores")):
+        with pytest.raises(UserError, match=message):
+            replicas.environments(count, 1)
+
+
+def test_gpus_are_shared_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert replicas.environments(2, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    assert replicas.environments(2, 1) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    with pytest.raises(UserError, match="3 replicas of 2 GPUs do not fit on 4 GPUs"):
+        replicas.environments(3, 2)
+
+
+def test_a_draw_can_be_sent_to_another_process():
+    import pickle
+
+    draw = Draw(Request([{"role": "user", "content": "hello"}], "a", {"type": "object"}, 3), 5)
+    assert pickle.loads(pickle.dumps((draw, GREEDY))) == (draw, GREEDY)
