@@ -1,5 +1,7 @@
-"""Elicitation of nine scores a second: vLLM in process against a loop of Hugging Face's own `generate` in batches of 8.
+"""Elicitation of nine scores a second: vLLM against a loop of Hugging Face's own `generate` in batches of 8.
 
+vLLM runs once as one engine in this process and once as replicas, each in a process with its share of the cores or
+GPUs (`VLLMReplicas`); `vllm_over_hf` is the replicas' ratio, `one_engine_over_hf` the other.
 Every round runs all sides one after the other on messages that no side has seen, through the same `elicit`: prompts,
 generation, parsing and the answer file. A first round warms up and is not counted. The baseline is what a script with
 transformers does: sort by length, pad on the left, `generate` greedily, eight messages at a time. Sides must read the
@@ -21,7 +23,15 @@ from assumptions.dimensions import NAMES
 from assumptions.elicitation import Elicitation, ElicitationSettings, elicit
 from assumptions.instruments import instrument
 from assumptions.sources import load_messages
-from shared.generation import Completion, Generator, HFGenerator, Request, Sampling, VLLMGenerator, VLLMReplicas
+from shared.generation import (
+    Completion,
+    Generator,
+    HFGenerator,
+    Request,
+    Sampling,
+    VLLMGenerator,
+    VLLMReplicas,
+)
 from shared.generation.prompts import prompt_ids
 from shared.generation.text import decode_new
 from shared.models import Model, load
@@ -97,26 +107,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         for number in range(arguments.rounds + 1):
             part = chats[number * per_round : (number + 1) * per_round]
-            measured = {}
+            seconds = {}
             read: dict[str, Elicitation] = {}
             for name, generator in sides.items():
                 path = Path(folder) / f"{number}-{name}.jsonl"
                 start = time.perf_counter()
                 read[name] = elicit(generator, asked, part, path, SETTINGS, model=name)
-                measured[name] = time.perf_counter() - start
+                seconds[name] = time.perf_counter() - start
             _check_equal(read, part)
-            rounds.append(measured)
-            print(f"round {number}: " + ", ".join(f"{k} {v:.2f} s" for k, v in measured.items()), flush=True)
+            rounds.append(seconds)
+            print(f"round {number}: " + ", ".join(f"{k} {v:.2f} s" for k, v in seconds.items()), flush=True)
     counted = rounds[1:]
-    ratios = [one["transformers_generate_batch_8"] / one["vllm"] for one in counted]
-    interval = bootstrap_interval(ratios, statistic=_median)
-    return {
-        "vllm_over_hf": statistics.median(ratios),
-        "vllm_over_hf_interval": [interval.low, interval.high],
-        "ratios": ratios,
-        "seconds": counted,
-        "messages": per_round,
-    }
+    measured = {"seconds": counted, "messages": per_round}
+    for key, side in (("vllm_over_hf", "vllm_replicas"), ("one_engine_over_hf", "vllm")):
+        ratios = [one["transformers_generate_batch_8"] / one[side] for one in counted]
+        interval = bootstrap_interval(ratios, statistic=_median)
+        measured |= {key: statistics.median(ratios), f"{key}_interval": [interval.low, interval.high]}
+    return measured
 
 
 def _median(values: Any) -> Any:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from shared.errors import UserError
-from shared.generation import HFGenerator, OpenAIGenerator, Request, Sampling, VLLMGenerator
+from shared.generation import HFGenerator, OpenAIGenerator, Request, Sampling, VLLMGenerator, VLLMReplicas
 from shared.models import load
 from shared.tinyworld import MODEL_DIR
 
@@ -240,6 +240,18 @@ def test_a_second_engine_leaves_first_and_random_state_alone(engine):
     with pytest.raises(UserError, match="this VLLMGenerator is closed"):
         second.generate(REQUESTS, GREEDY)
     assert_same(engine.generate(REQUESTS, GREEDY), first)
+
+
+def test_replicas_answer_as_one_engine_and_a_killed_one_is_named(engine, adapted, adapters):
+    with VLLMReplicas("random:llama", 2, adapters=adapters) as replicas:
+        assert_same(replicas.generate(REQUESTS, GREEDY), engine.generate(REQUESTS, GREEDY))
+        assert tokens(replicas.generate(REQUESTS, SAMPLED)) == tokens(engine.generate(REQUESTS, SAMPLED))
+        assert tokens(replicas.generate(adapted[0], Sampling(max_tokens=16))) == adapted[1]
+        with pytest.raises(UserError, match="prompt 0 is 512 tokens long"):
+            replicas.generate([Request("x"), Request([7] * 512)], GREEDY)
+        replicas._children[1][0].kill()
+        with pytest.raises(UserError, match="replica 1 ended with exit code -9"):
+            replicas.generate(REQUESTS, GREEDY)
 
 
 def test_served_answers_equal_those_in_process(engine, client, adapted):

@@ -141,7 +141,7 @@ def main() -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    if isinstance(error, OSError) and told(error) is None:
+    if isinstance(error, OSError) and not isinstance(error, HydraException) and told(error) is None:
         raise error
     print(f"error: {_one_line(error)}", file=sys.stderr)
     sys.exit(2)

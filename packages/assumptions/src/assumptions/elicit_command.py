@@ -139,6 +139,7 @@ def _study(
         messages=messages,
         instrument=arguments.instrument,
         engine=arguments.engine,
+        replicas=arguments.replicas,
         score=score,
         elicitation=settings,
         judge=JudgeSettings("local", model=arguments.model),

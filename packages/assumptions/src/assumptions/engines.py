@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from assumptions.conditions import Condition
-from shared.generation import Completion, Generator, HFGenerator, Request, Sampling, VLLMGenerator
+from shared.generation import (
+    Completion,
+    Generator,
+    HFGenerator,
+    Request,
+    Sampling,
+    VLLMGenerator,
+    VLLMReplicas,
+)
 from shared.interventions import save_interventions
 from shared.models import Model
 
@@ -59,7 +67,7 @@ class ServedEngine:
 
 @contextmanager
 def served(
-    model: Model, conditions: Sequence[Condition], folder: Path, **engine: Any
+    model: Model, conditions: Sequence[Condition], folder: Path, replicas: int = 1, **engine: Any
 ) -> Iterator[ServedEngine]:
     """Save the edits of every condition under `folder` and serve them on vLLM, one adapter each."""
     adapters = {
@@ -67,5 +75,16 @@ def served(
         for condition in conditions
         if condition.edits
     }
-    with VLLMGenerator(model.config, adapters=adapters, **engine) as generator:
+    with _vllm(model, replicas, adapters=adapters, **engine) as generator:
         yield ServedEngine(generator)
+
+
+def start_engine(engine: str, model: Model, replicas: int = 1) -> Generator:
+    """The engine "hf" or "vllm" without edits; vLLM in `replicas` processes."""
+    return _vllm(model, replicas) if engine == "vllm" else HFGenerator(model)
+
+
+def _vllm(model: Model, replicas: int, **engine: Any) -> VLLMGenerator | VLLMReplicas:
+    if replicas == 1:
+        return VLLMGenerator(model.config, **engine)
+    return VLLMReplicas(model.config, replicas, **engine)

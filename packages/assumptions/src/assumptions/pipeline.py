@@ -29,6 +29,7 @@ from assumptions.control import control_metrics, doubts
 from assumptions.dimensions import NAMES
 from assumptions.elicitation import header
 from assumptions.embedded import beside_truth, preserved, unguided
+from assumptions.engines import start_engine
 from assumptions.evaluation import evaluate_probes, leave_one_source_out_scores
 from assumptions.features import Features, capture_features, load_features, save_features
 from assumptions.instruments import Instrument, instrument
@@ -49,7 +50,6 @@ from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split, row_hash
 from assumptions.steered import Grounds, Steering, choose_directions, dose_test, families, find_doses
 from shared.errors import UserError
-from shared.generation import Generator, HFGenerator, VLLMGenerator
 from shared.models import Model, ModelConfig, load
 from shared.runs import Pipeline, Run
 from shared.tinyworld import EMBEDDED
@@ -143,7 +143,7 @@ def elicit_scores(config: AssumptionProbingConfig, model: Model, chats: Sequence
     asked: Instrument = instrument(config.instrument)
     question = header(asked, asked_with(config.score, config.elicitation), model.fingerprint)
     path = answers_path(run, "elicitation", question)
-    with closing(OnDemand(lambda: start_engine(config.engine, model))) as generator:
+    with closing(OnDemand(lambda: start_engine(config.engine, model, config.replicas))) as generator:
         return score_chats(
             generator,
             model.tokenizer,
@@ -154,11 +154,6 @@ def elicit_scores(config: AssumptionProbingConfig, model: Model, chats: Sequence
             config.score,
             model=model.fingerprint,
         )
-
-
-def start_engine(engine: str, model: Model) -> Generator:
-    """The engine that answers the instrument."""
-    return VLLMGenerator(model.config) if engine == "vllm" else HFGenerator(model)
 
 
 def labelled(chats: Sequence[Chat], scored: Scored) -> tuple[list[int], Float[torch.Tensor, "B 9"]]:

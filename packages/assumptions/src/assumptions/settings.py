@@ -79,6 +79,7 @@ class SteeringSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     engine: Literal["hf", "vllm"] = "hf"
+    replicas: int = 1
     choice: ChoiceSettings = field(default_factory=ChoiceSettings)
     range: RangeSettings = field(default_factory=RangeSettings)
 
@@ -102,10 +103,11 @@ class AssumptionProbingConfig:
     """Settings of assumption_probing.
 
     `data`: "tinyworld" (held-out messages whose truth is known) or a file of chats, whose column names `columns` maps.
-    `instrument`: a name of `assumptions.instruments` that scores all nine dimensions; `engine` answers it, and `score`
-    says which number is taken from the answers (`assumptions.scoring`). `again` test
-    messages are elicited again under the study's directions and doses (0: none). On an embedded model `truth` test
-    messages are elicited again along the planted directions, and `unguided` ones are asked without a grammar.
+    `instrument`: a name of `assumptions.instruments` that scores all nine dimensions; `engine` answers it (vLLM in
+    `replicas` processes that share the GPUs or cores), and `score` says which number is taken from the answers
+    (`assumptions.scoring`). `again` test messages are elicited again under the study's directions and doses (0: none).
+    On an embedded model `truth` test messages are elicited again along the planted directions, and `unguided` ones are
+    asked without a grammar.
     """
 
     data: str = "tinyworld"
@@ -113,6 +115,7 @@ class AssumptionProbingConfig:
     messages: int = 300
     instrument: str = "tinyworld_nine"
     engine: Literal["vllm", "hf"] = "vllm"
+    replicas: int = 1
     score: Score = "stated"
     elicitation: ElicitationSettings = field(default_factory=lambda: ElicitationSettings(max_tokens=256))
     span: Span = "user"
@@ -134,6 +137,12 @@ class AssumptionProbingConfig:
             )
         if self.engine == "hf" and self.elicitation.guided:
             raise UserError("engine hf has no grammar: set pipeline.elicitation.guided=false, or engine=vllm")
+        for place, engine, replicas in (
+            ("", self.engine, self.replicas),
+            ("steering.", self.steering.engine, self.steering.replicas),
+        ):
+            if replicas < 1 or (replicas > 1 and engine == "hf"):
+                raise UserError(f"{place}replicas is 1, or with {place}engine=vllm more, got {replicas}")
         for name, doses in (("doses", self.steering.doses), ("choice.doses", self.steering.choice.doses)):
             if (doses or name != "doses") and (0.0 not in doses or len(set(doses)) < 3):
                 raise UserError(f"steering.{name} needs 0 and at least two other doses")

@@ -103,7 +103,8 @@ class Steering:
     @contextmanager
     def _engine(self, kind: str, conditions: Sequence[Condition]) -> Iterator[SteeredEngine]:
         if self.config.steering.engine == "vllm":
-            with served(self.model, conditions, self.run.path(f"adapters-{kind}")) as engine:
+            folder = self.run.path(f"adapters-{kind}")
+            with served(self.model, conditions, folder, self.config.steering.replicas) as engine:
                 yield engine
         else:
             yield HFEngine(self.model)

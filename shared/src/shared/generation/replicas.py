@@ -145,11 +145,12 @@ def _serve(
         connection.send((None, None))
         while True:
             draws, sampling = connection.recv()
+            answer, told = None, None
             try:
-                reply = (generator._complete(draws, sampling) if draws else [], None)
+                answer = generator._complete(draws, sampling) if draws else []
             except Exception as error:
-                reply = (None, _told(error))
-            connection.send(reply)
+                told = _told(error)
+            connection.send((answer, told))
 
 
 def _told(error: Exception) -> UserError | str:

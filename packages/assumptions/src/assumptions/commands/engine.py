@@ -4,8 +4,9 @@ import argparse
 from typing import NamedTuple
 
 from assumptions.asking import OnDemand
+from assumptions.engines import start_engine
 from shared.errors import UserError
-from shared.generation import Generator, HFGenerator, OpenAIGenerator, VLLMGenerator
+from shared.generation import Generator, OpenAIGenerator
 from shared.models import Model, ModelConfig, load
 
 
@@ -23,6 +24,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="a folder, a Hugging Face id, tinyworld, or a server's model"
     )
     parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm")
+    parser.add_argument("--replicas", type=int, default=1, help="vLLM processes that share the GPUs or cores")
     parser.add_argument(
         "--server", help="address of an OpenAI-compatible server, ending in /v1, in place of --engine"
     )
@@ -54,4 +56,4 @@ def _start(arguments: argparse.Namespace, model: Model | None) -> Generator:
     if model is None:
         pace = arguments.requests_per_minute
         return OpenAIGenerator(arguments.server, arguments.model, requests_per_minute=pace)
-    return HFGenerator(model) if arguments.engine == "hf" else VLLMGenerator(model.config)
+    return start_engine(arguments.engine, model, arguments.replicas)
