@@ -24,7 +24,7 @@ from assumptions.expectations import (
 from assumptions.goal_users import goal_users
 from assumptions.goals import analyse, carry_over, drift, drifts, half_life, series, summarise, switch
 from assumptions.instruments import instrument
-from assumptions.mediation import mediate, paths
+from assumptions.mediation import mediate
 from assumptions.mixed import fit_mixed
 from assumptions.parsing import Status
 from assumptions.records import Record
@@ -263,13 +263,29 @@ class TestMediation:
         assert found.share.estimate == pytest.approx(1.0 / 1.3, abs=0.08)
 
     def test_direct_and_indirect_add_up_and_equal_regressions(self):
+        """Also where messages lack doses: an indicator for every message and every dose."""
         names, x, m, y = self.rows(noise=0.5)
-        rows = np.array([[i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)])
-        x, m, y = ((v - v[rows].mean(1)[np.repeat(np.arange(len(rows)), 3)]) for v in (x, m, y))
-        one = paths(x, m, y)
-        assert one.total == pytest.approx(one.direct + one.indirect)
-        direct, b = np.linalg.lstsq(np.column_stack([x, m]), y, rcond=None)[0]
-        assert (one.direct, one.b) == (pytest.approx(direct), pytest.approx(b))
+        y += 0.7 * x**2  # what the dose does need not be linear
+        kept = np.random.default_rng(3).permutation(len(x))[:100]
+        names, (x, m, y) = [names[i] for i in kept], (x[kept], m[kept], y[kept])
+        found = mediate(names, x, m, y, resamples=20)
+        seen = [
+            name for name in dict.fromkeys(names) if len({x[i] for i, n in enumerate(names) if n == name}) > 1
+        ]
+        rows = [i for i, name in enumerate(names) if name in seen]
+        names, x, m, y = [names[i] for i in rows], x[rows], m[rows], y[rows]
+        own = np.equal.outer(names, seen).astype(float)
+        levels = np.equal.outer(x, [-1.0, 0.0, 1.0]).astype(float)
+
+        def regressed(target, *columns):
+            return np.linalg.lstsq(np.column_stack(columns), target, rcond=None)[0][0]
+
+        assert found.messages == len(seen)
+        assert found.a.estimate == pytest.approx(regressed(m, x, own))
+        assert found.total.estimate == pytest.approx(regressed(y, x, own))
+        assert found.b.estimate == pytest.approx(regressed(y, m, own, levels))
+        assert found.total.estimate == pytest.approx(found.direct.estimate + found.indirect.estimate)
+        assert found.direct.estimate == pytest.approx(regressed(y - found.b.estimate * m, x, own))
 
     def test_without_an_effect_on_the_assumption_nothing_is_mediated(self):
         found = mediate(*self.rows(a=0.0, noise=0.1), resamples=300)

@@ -14,6 +14,7 @@ from assumptions.chats import Chat, read_chats
 from assumptions.dimensions import NAMES
 from assumptions.evaluation import evaluate_probes
 from assumptions.features import Features, block_outputs, capture_features, pool
+from assumptions.form_shift import form_shifts
 from assumptions.metrics import extremes_auroc
 from assumptions.organism import plant
 from assumptions.probe_files import load_probes, save_probes
@@ -283,6 +284,28 @@ class TestProbes:
             evaluate_probes(features, labels, probes, chosen, swapped, rows)
         with pytest.raises(UserError, match="rendering"):
             evaluate_probes(replace(features, rendering="x"), labels, probes, chosen, split, rows)
+
+    def test_the_shift_between_forms_is_that_of_the_read_outs(self, study, model):
+        """T11: where probes would read another form than is steered, the difference is reported."""
+        from sklearn.metrics import r2_score
+
+        rows, features, labels, split, probes, _ = study
+        held, truth = [rows[i] for i in split.test], labels[split.test]
+        found = form_shifts(model, probes, features.rows(split.test), held, truth)
+        raw = capture_features(model, held, form="raw")
+        for k, name in enumerate(NAMES):
+            probe, one = probes.probes[name], found[name]
+            assert one.form == "raw"
+            unit = probe.weight_D / probe.weight_D.norm()
+            site = features.sites.index(probe.site)
+            moved = (raw.pooled_LBD[site] - features.pooled_LBD[site][split.test]).double() @ unit
+            assert one.shift == pytest.approx(float(moved.mean()) / probe.projection_sd, rel=1e-4, abs=1e-6)
+            assert one.spread == pytest.approx(float(moved.std()) / probe.projection_sd, rel=1e-4, abs=1e-6)
+            read = r2_score(truth[:, k].numpy(), probe.predict(raw).numpy())
+            assert one.r2 == pytest.approx(read, rel=1e-6)
+        assert max(one.spread for one in found.values()) > 0.01
+        with pytest.raises(UserError, match="form 'chat', the features have 'raw'"):
+            form_shifts(model, probes, raw, held, truth)
 
     def test_figures_stand_beside_their_controls(self, study):
         rows, features, labels, split, probes, chosen = study

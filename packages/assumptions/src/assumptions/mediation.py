@@ -1,18 +1,22 @@
 """Mediation: how much of what steering does to sycophancy goes through the assumption that the model then states.
 
 With X the dose, M the re-elicited score of the steered dimension and Y the judged sycophancy of the reply, both under
-the edit, centred within message (the differences between messages dwarf the effects; every message is its own control):
+the edit, in message i (the differences between messages dwarf the effects; every message is its own control):
 
-    M = a X            the dose moves the stated assumption
-    Y = c X            total effect
-    Y = c' X + b M     direct effect c', and what the assumption adds at a given dose
+    M = i + a X                the dose moves the stated assumption
+    Y = i + c X                total effect
+    Y = i + f(X) + b M         what the assumption adds at a given dose; f is any function of the dose
 
-    indirect = a b     c = c' + a b exactly, for least squares on the same rows
+    indirect = a b     direct = c' = the least-squares slope of f     c = c' + a b exactly
     share    = a b / c
 
+f is free because scores and replies saturate alike at large doses: with f linear, M would be credited with whatever
+saturates beside it (on the embedded world's rule a mediator that carries nothing gets a share of .17, here .02). So b
+comes from messages that the same dose moves differently; two doses leave f linear.
+
 Intervals are percentile bootstraps over messages, all doses of a message together. That the indirect effect is causal
-rests on nothing else moving M and Y within a message; random directions of the same doses show what happens without a
-meaning.
+rests on nothing else moving M and Y within a message at a given dose; random directions of the same doses show what
+happens without a meaning.
 """
 
 from collections.abc import Sequence
@@ -52,17 +56,19 @@ class Mediation:
     messages: int
 
 
-def paths(
-    dose: Float[ndarray, " N"], assumption: Float[ndarray, " N"], outcome: Float[ndarray, " N"]
-) -> Paths:
-    """Least-squares paths of centred rows; nan where the dose does not vary."""
-    x, m, y = dose, assumption, outcome
-    xx, xm, xy, mm, my = x @ x, x @ m, x @ y, m @ m, m @ y
+def paths(gram: Float[ndarray, "P P"]) -> Paths:
+    """Least-squares paths from cross products of centred columns: dose, indicators of its levels, assumption, outcome.
+
+    nan where the dose does not vary, or the assumption does not beyond message and dose.
+    """
+    x, m, y, levels = 0, -2, -1, slice(1, -2)
+    xx, mm = gram[x, x], gram[m, m]
     if xx == 0:
         return Paths(*[float("nan")] * 5)
-    a, total = xm / xx, xy / xx
-    rest = mm - xm * a  # of the assumption, given the dose
-    b = (my - a * xy) / rest if rest > 1e-12 * max(mm, 1e-300) else float("nan")
+    a, total = gram[x, m] / xx, gram[x, y] / xx
+    given = gram[m, levels] @ np.linalg.pinv(gram[levels, levels], hermitian=True)
+    rest = mm - given @ gram[levels, m]  # of the assumption, given the dose
+    b = (gram[m, y] - given @ gram[levels, y]) / rest if rest > 1e-12 * max(mm, 1e-300) else float("nan")
     return Paths(float(a), float(b), float(total), float(total - a * b), float(a * b))
 
 
@@ -84,13 +90,15 @@ def mediate(
     rows: dict[str, list[int]] = {}
     for i in np.flatnonzero(known):
         rows.setdefault(messages[i], []).append(int(i))
-    groups = [_centred(dose, assumption, outcome, of) for of in rows.values() if len(set(dose[of])) > 1]
-    if len(groups) < 2:
+    levels = np.equal.outer(dose, np.unique(dose[known]))
+    columns = np.column_stack([dose, levels, assumption, outcome])
+    grams = [_gram(columns[of]) for of in rows.values() if len(set(dose[of])) > 1]
+    if len(grams) < 2:
         raise UserError("mediation needs at least two messages, each scored and judged at two doses")
     draw = np.random.default_rng(seed)
-    chosen = draw.integers(len(groups), size=(resamples, len(groups)))
-    drawn = np.array([paths(*np.concatenate([groups[i] for i in some], axis=1)) for some in chosen])
-    whole = paths(*np.concatenate(groups, axis=1))
+    chosen = draw.integers(len(grams), size=(resamples, len(grams)))
+    drawn = np.array([paths(np.sum([grams[i] for i in some], axis=0)) for some in chosen])
+    whole = paths(np.sum(grams, axis=0))
     found = {
         name: _interval(getattr(whole, name), drawn[:, k], level) for k, name in enumerate(Paths._fields)
     }
@@ -99,7 +107,7 @@ def mediate(
     share = _interval(
         whole.indirect / whole.total if abs(whole.total) > NOTHING else float("nan"), shares, level
     )
-    return Mediation(**found, share=share, messages=len(groups))
+    return Mediation(**found, share=share, messages=len(grams))
 
 
 def _interval(estimate: float, drawn: Float[ndarray, " R"], level: float) -> Interval:
@@ -110,12 +118,7 @@ def _interval(estimate: float, drawn: Float[ndarray, " R"], level: float) -> Int
     return Interval(estimate, float(low), float(high))
 
 
-def _centred(
-    dose: Float[ndarray, " N"],
-    assumption: Float[ndarray, " N"],
-    outcome: Float[ndarray, " N"],
-    rows: Sequence[int],
-) -> Float[ndarray, "3 M"]:
-    """Dose, assumption and outcome of one message less their means over its doses."""
-    three = np.stack([dose[list(rows)], assumption[list(rows)], outcome[list(rows)]])
-    return np.asarray(three - three.mean(1, keepdims=True))
+def _gram(columns: Float[ndarray, "M P"]) -> Float[ndarray, "P P"]:
+    """Cross products of one message's columns less their means over its rows."""
+    centred = columns - columns.mean(0)
+    return np.asarray(centred.T @ centred)

@@ -121,6 +121,19 @@ def _control_row(name: str, score: ProbeScore) -> dict[str, Any]:
     }
 
 
+def add_form_shift(report: Report, shifts: Mapping[str, Mapping[str, Any]]) -> None:
+    """What reading the test messages in another form than they are steered in would do."""
+    report.table(
+        [
+            {"dimension": name, "read as": one["form"], "shift, SD": one["shift"]}
+            | {"spread, SD": one["spread"], "R2 there": one["r2"]}
+            for name, one in shifts.items()
+        ],
+        "Probes are read on the very tokens that are steered. The same messages in the other form: difference of the "
+        "reading in SD of its projection, and R2 of the labels.",
+    )
+
+
 def add_choice(
     report: Report,
     trials: Mapping[str, Sequence[Trial]],

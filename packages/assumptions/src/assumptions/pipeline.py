@@ -32,9 +32,18 @@ from assumptions.embedded import beside_truth, preserved, unguided
 from assumptions.engines import start_engine
 from assumptions.evaluation import evaluate_probes, leave_one_source_out_scores
 from assumptions.features import Features, capture_features, load_features, save_features
+from assumptions.form_shift import form_shifts
 from assumptions.instruments import Instrument, instrument
 from assumptions.judges import check_judge, judging
-from assumptions.pages import add_choice, add_closure, add_costs, add_elicitation, add_probes, add_steering
+from assumptions.pages import (
+    add_choice,
+    add_closure,
+    add_costs,
+    add_elicitation,
+    add_form_shift,
+    add_probes,
+    add_steering,
+)
 from assumptions.probe_files import save_probes
 from assumptions.probes import fit_probes
 from assumptions.run_metrics import (
@@ -51,7 +60,7 @@ from assumptions.splits import group_split, row_hash
 from assumptions.steered import Grounds, Steering, choose_directions, dose_test, families, find_doses
 from shared.errors import UserError
 from shared.models import Model, ModelConfig, load
-from shared.runs import Pipeline, Run
+from shared.runs import Pipeline, Run, config_hash
 from shared.tinyworld import EMBEDDED
 
 Step = Literal["elicit", "probe", "steer"]
@@ -97,11 +106,13 @@ def run(
         )
         metrics |= {"probe_left_out": left_out_metrics(left_out)}
     add_probes(run.report, scores, config.span, len(split.train), len(split.validation), len(split.test))
+    grounds = Grounds(features, labels, split, chats, probes)
+    metrics |= {"form_shift": shifted(model, grounds, run)}
+    add_form_shift(run.report, metrics["form_shift"])
     if last == "probe":
         return metrics
 
     study = Steering(config, model, judging(config.judge, run), run)
-    grounds = Grounds(features, labels, split, chats, probes)
     metrics |= steer_and_judge(study, grounds)
     if config.data == "tinyworld" and model_config.name in EMBEDDED:
         assert messages.posterior_BK is not None
@@ -109,6 +120,19 @@ def run(
         metrics |= beside_truth(study, grounds, stated_BK, messages.posterior_BK[rows])
         metrics |= {"json_valid_unguided": unguided(study, messages.chats)}
     return metrics
+
+
+def shifted(model: Model, grounds: Grounds, run: Run) -> dict[str, Any]:
+    """What reading the test messages in the other form would do, by dimension."""
+    rows, probes = grounds.split.test, grounds.probes
+    held = [grounds.chats[i] for i in rows]
+    key = config_hash([probes.weights_hash, [row_hash(chat) for chat in held]])
+
+    def compute() -> Any:
+        return form_shifts(model, probes, grounds.features.rows(rows), held, grounds.labels_BK[rows])
+
+    found: dict[str, Any] = run.json_stage(f"form_shift-{key}.json", compute)
+    return found
 
 
 def steer_and_judge(study: Steering, grounds: Grounds) -> dict[str, Any]:
