@@ -1,18 +1,19 @@
 """How near every estimator comes to exact patching of single neurons, and how well its top neurons do as a set.
 
-    python benchmarks/circuits_estimators.py [--stories ../shared/models/stories260k] [--prompts 3]
+    python benchmarks/circuits_estimators.py [--stories ../shared/models/stories260k] [--natural 12] [--pairs 3]
 
 Single nodes: every neuron of a prompt at every position is set to zero, one at a time, by brute force; the table has
 each estimator's Pearson and Spearman correlation with it and the overlap of the 20 strongest. Sets: faithfulness and
 completeness of the 20 strongest neurons, all others at zero. The two rank estimators differently: that is the finding,
-whichever wins. Medians over prompts; TinyWorld's agreement and capital pairs, and, where it lies beside the checkout, a
-260K model of stories.
+whichever wins. Medians over prompts with 95 % bootstrap intervals: TinyWorld's agreement and capital pairs, and, where
+it lies beside the checkout, a 260K model of stories. Every prompt is a stage of the run folder: a run goes on when
+called again.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from circuits.faithfulness import curve
 from circuits.metric import logit_difference, top_logits
 from circuits.tasks import answer_token
 from shared.models import Model, load
-from shared.stats import spearman
+from shared.runs import start_run
+from shared.stats import bootstrap_interval, spearman
 from shared.tinyworld.tasks import agreement_pairs, capital_pairs
 
 CLAIM = "Estimators of neuron scores against exact patching of every neuron (zero reference), medians over prompts."
@@ -37,6 +39,14 @@ NATURAL = (
     "Tom and Sam are friends. They like to play with",
     'Mom said, "Do not run in the house." But Tim',
     "They went home and ate",
+    "One day, a big dog saw a small cat. The cat was",
+    "She was very sad because she lost her toy. Her mom gave her a",
+    "The bird could fly high in the",
+    "Lily and her brother went to the park to play on the",
+    "Once upon a time, there was a boy named Tim. He had a red",
+    "The cat and the dog were good",
+    "Sara had a big box. She put her",
+    "It was a sunny day. The children ran to the",
 )
 TOP = 20
 
@@ -92,17 +102,40 @@ def measure(problem: Problem, settings: Settings) -> dict[str, dict[str, float]]
     return {"exact": {"nodes": float(exact.size), "seconds": brute_s}} | found
 
 
+def median(values: np.ndarray) -> np.ndarray:
+    """Median over the last axis."""
+    return np.asarray(np.median(values, axis=-1))
+
+
 def table(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a data set and estimator: medians over its prompts."""
+    """One row a data set and estimator: medians over its prompts, with intervals but for the seconds."""
     rows = []
     for data in dict.fromkeys(one["data"] for one in measured):
         group = [one["figures"] for one in measured if one["data"] == data]
         for name in group[0]:
             if name == "exact":
                 continue
-            medians = {key: statistics.median(one[name][key] for one in group) for key in group[0][name]}
-            rows.append({"data": data, "estimator": name, "prompts": len(group), **medians})
+            row: dict[str, Any] = {"data": data, "estimator": name, "prompts": len(group)}
+            for key in group[0][name]:
+                middle, low, high = bootstrap_interval([one[name][key] for one in group], statistic=median)
+                row[key] = middle if key == "seconds" else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+            rows.append(row)
     return rows
+
+
+def winners(rows: list[dict[str, Any]]) -> str:
+    """Which estimator has the best median of each figure, a data set after the other."""
+    ideal = {"spearman": 1.0, "top_20_overlap": float(TOP), "faithfulness_20": 1.0}
+    said = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        named = []
+        for figure, wanted in ideal.items():
+            values = {row["estimator"]: float(row[figure].split()[0]) for row in rows if row["data"] == data}
+            nearest = min(values.values(), key=lambda value: abs(value - wanted))
+            names = " and ".join(name for name, value in values.items() if value == nearest)
+            named.append(f"{figure} {names} ({nearest:.2f})")
+        said.append(f"{data}: {', '.join(named)}")
+    return "Best medians: " + "; ".join(said) + "."
 
 
 def main() -> None:
@@ -111,19 +144,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stories", type=Path, default=STORIES)
-    parser.add_argument("--prompts", type=int, default=3, help="of each data set")
+    parser.add_argument("--natural", type=int, default=12, help="prompts of the stories model")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of each TinyWorld task")
+    parser.add_argument("--folder", type=Path, default=Path("runs/circuits_estimators"))
     options = parser.parse_args()
-    problems = tinyworld_problems(load("tinyworld"), options.prompts)
-    sources = [problems]
+    sources = [tinyworld_problems(load("tinyworld"), options.pairs)]
     if options.stories.is_dir():
-        sources.insert(0, story_problems(load(str(options.stories)), 2 * options.prompts))
+        sources.insert(0, story_problems(load(str(options.stories)), options.natural))
+    settings = {"steps": 10, "reference": "zero", "top": TOP}
     measured: list[dict[str, Any]] = []
-    for source in sources:
-        for data, problem in source:
-            measured.append({"data": data, "figures": measure(problem, Settings(chunk=128))})
-            print(f"{data}: {measured[-1]['figures']['exact']}", flush=True)
-            settings = {"prompts": options.prompts, "steps": 10, "reference": "zero", "top": TOP}
-            page = write_results("circuits_estimators", CLAIM, table(measured), settings, measured)
+    with start_run(options.folder, settings) as run:
+        for source in sources:
+            for index, (data, problem) in enumerate(source):
+                name = f"{data.replace(' ', '_')}_{index}.json"
+                figures = run.json_stage(name, partial(measure, problem, Settings(chunk=128)))
+                measured.append({"data": data, "figures": figures})
+                print(f"{data}: {figures['exact']}", flush=True)
+                rows = table(measured)
+                page = write_results(
+                    "circuits_estimators", f"{CLAIM} {winners(rows)}", rows, settings, measured
+                )
     print(page.read_text())
 
 

@@ -1,5 +1,9 @@
 """Many prompts: batches equal single prompts, processes share them, a stopped run goes on; memory is stated first."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,6 +11,7 @@ import torch
 
 from circuits.attribution import Settings, attribute, pose
 from circuits.batches import Share, read_scores, score_prompts
+from circuits.cli import main
 from circuits.frozen_attention import ROWS
 from circuits.linearize import LinearizeError, linearize, observe
 from circuits.memory import GIB, NotEnoughMemoryError, available_bytes, estimate, require_memory
@@ -53,6 +58,38 @@ def test_processes_share_the_batches(llama, tmp_path, monkeypatch):
         Share(2, 2)
 
 
+def test_two_processes_fill_one_folder(tmp_path):
+    """Two real processes at once, each with its share; the whole equals one process's."""
+    rows = "\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS)
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    command = [sys.executable, "-m", "circuits", "score", "--model", "random:llama", "--prompts"]
+    command += [str(tmp_path / "prompts.jsonl"), "--batch-size", "2", "--top-k", "3"]
+    both = [
+        subprocess.Popen(
+            [*command, "--out", str(tmp_path / "both"), "--share", f"{rank}/2"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert any("5 prompts" in text for text in said)  # the last to finish
+    assert main([*command[3:], "--out", str(tmp_path / "one"), "--share", "0/1"]) == 0
+    for one, other in zip(read_scores(tmp_path / "both"), read_scores(tmp_path / "one"), strict=True):
+        assert one.prompt == other.prompt
+        torch.testing.assert_close(one.scores_KLTN, other.scores_KLTN, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", ["2", "a/2", "2/2", "-1/2"])
+def test_a_share_that_is_none_is_refused_before_the_model(tmp_path, share, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n')
+    arguments = ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(["score", *arguments, "--model", "/nowhere", f"--share={share}"]) == 2
+    assert "rank 2" in (text := capsys.readouterr().err) or "I/N" in text
+
+
 def test_a_stopped_run_does_what_is_missing(llama, tmp_path, monkeypatch):
     seen = []
     settings = Settings(progress=lambda items, label: (seen.append(len(items)), items)[1])
@@ -70,12 +107,16 @@ def test_a_stopped_run_does_what_is_missing(llama, tmp_path, monkeypatch):
 
 def test_memory_is_stated_and_refused_before_the_run(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(type(llama), "__call__", lambda *_: pytest.fail("the model ran"))
-    with pytest.raises(NotEnoughMemoryError, match=r"2 prompts of \d+ tokens takes about .* GiB"):
+    with pytest.raises(
+        NotEnoughMemoryError, match=r"2 prompts of \d+ tokens \(targets: 2\) takes about .* GiB"
+    ):
         run(tmp_path, llama, memory_limit=1000)
     wanted = require_memory(llama, llama.encode(["one"]))
     assert wanted.total < available_bytes(llama.device)
     with pytest.raises(NotEnoughMemoryError, match="gradients"):
         require_memory(llama, llama.encode(["one"]), wanted.total, "atp")
+    with pytest.raises(NotEnoughMemoryError, match="targets: 20"):
+        require_memory(llama, llama.encode(["one"]), wanted.total, n_targets=20)
 
 
 def test_memory_grows_with_tokens_not_with_their_square(llama):

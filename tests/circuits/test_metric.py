@@ -15,6 +15,7 @@ from circuits.metric import (
     token_logits,
     top_logits,
 )
+from circuits.problem import read_out
 from circuits.relp import relp
 from circuits.rules import Rules
 from circuits.surrogate import relp_by_autograd
@@ -172,3 +173,16 @@ def test_half_precision_models_are_scored_and_judged_in_working_precision(k):
     assert point.full_B.dtype == torch.float32
     neurons = Neurons.from_mask(top_nodes(scores_BLTN.mean(0), 5))
     assert edge_scores(problem, neurons).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["difference", "log-probability"])
+def test_only_the_logits_that_are_read_are_computed(any_model, name):
+    """Of a column in the middle, and of the last one: the same values as from all logits."""
+    batch = pad(ROWS, [7, 7], 0)
+    with torch.no_grad():
+        logits_BTV = any_model(batch)
+        for at in (torch.tensor([3, 6]), AT):
+            metric = TARGETS[name](any_model)(logits_BTV, at)
+            seen, read_BSV = read_out(any_model, batch, metric)
+            assert read_BSV.shape[1] == 7 - int(at.min())
+            torch.testing.assert_close(seen.value(read_BSV), metric.value(logits_BTV), rtol=0, atol=1e-10)

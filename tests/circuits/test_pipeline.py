@@ -65,6 +65,10 @@ def test_pipeline_on_a_file_of_pairs_writes_what_it_says(pairs, tmp_path, monkey
         assert all(math.isfinite(value) for value in curve.values())
         assert list(metrics["completeness"]["letters"][estimator]) == ["5", "50"]
     assert metrics["faithfulness_5"]["letters"] == metrics["faithfulness"]["letters"]["relp"]["5"]
+    smallest = metrics["smallest"]["letters"]
+    if smallest["neurons"] is not None:  # the test value at a size that training pairs chose
+        size = str(smallest["neurons"])
+        assert smallest["faithfulness"] == metrics["faithfulness"]["letters"]["relp"][size]
     low, high = metrics["completeness_5_ci"]["letters"]
     assert low <= metrics["completeness_5"]["letters"] <= high
     for estimator in ("relp", "magnitude", "random"):

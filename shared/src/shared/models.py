@@ -94,11 +94,12 @@ class Model:
         """Texts and chats as a padded batch on the model's device (`shared.tokens.encode_rows`)."""
         return encode_rows(self.tokenizer, rows, padding_side, history).to(self.device)
 
-    def __call__(self, batch: TokenBatch) -> Float[Tensor, "B T V"]:
-        """Logits of every token; gradients as the caller has set them."""
+    def __call__(self, batch: TokenBatch, last: int | None = None) -> Float[Tensor, "B T V"]:
+        """Logits of every token, or of the `last` columns alone; gradients as the caller has set them."""
         batch = batch.to(self.device)
         self.active.begin()
-        return run(self, batch, **forward_inputs(batch)).logits
+        kept = {} if last is None else {"logits_to_keep": last}
+        return run(self, batch, **forward_inputs(batch), **kept).logits
 
     def generate(
         self,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from shared.serialize import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
     from shared.models import Model
+    from shared.tokens import TokenBatch
 
 HEADER = "scores.json"
 MetricOf = Callable[[Sequence[int]], MakeMetric]
@@ -98,7 +100,8 @@ def score_prompts(
     missing = [(number, rows) for number, rows in mine if not _part(folder, number).exists()]
     for number, rows in _progress(settings, missing):
         batch = model.encode([prompts[i] for i in rows])
-        require_memory(model, batch, memory_limit, estimator, basis)
+        n_targets = _count_targets(model, batch, metric_of(rows))
+        require_memory(model, batch, memory_limit, estimator, basis, n_targets)
         problem = pose(model, batch, metric_of(rows), basis=basis)
         scores_BKLTN = attribute(problem, estimator, settings=settings)
         ledger = relp(problem.network, problem.metric).ledger
@@ -107,20 +110,36 @@ def score_prompts(
     return folder
 
 
+def missing_batches(folder: Path | str) -> list[int]:
+    """Return the numbers of the batches that no process has written yet."""
+    return _missing(Path(folder))[0]
+
+
 def read_scores(folder: Path | str) -> list[PromptScores]:
     """Return all prompts' scores in order, padding cut off; UserError names the batches that are missing."""
     folder = Path(folder)
+    missing, numbers = _missing(folder)
+    if missing:
+        raise UserError(f"{folder}: batches {missing} of {len(numbers)} are missing; run score_prompts again")
+    found = [one for number in numbers for one in _load(_part(folder, number))]
+    return sorted(found, key=lambda one: one.prompt)
+
+
+def _missing(folder: Path) -> tuple[list[int], range]:
     if not (folder / HEADER).is_file():
         raise UserError(
             f"{folder} holds no {HEADER}: it is no folder of scores (circuits.batches.score_prompts)"
         )
     header = read_json(folder / HEADER)
     numbers = range(-(-header["n_prompts"] // header["batch_size"]))
-    missing = [number for number in numbers if not _part(folder, number).exists()]
-    if missing:
-        raise UserError(f"{folder}: batches {missing} of {len(numbers)} are missing; run score_prompts again")
-    found = [one for number in numbers for one in _load(_part(folder, number))]
-    return sorted(found, key=lambda one: one.prompt)
+    return [number for number in numbers if not _part(folder, number).exists()], numbers
+
+
+def _count_targets(model: "Model", batch: "TokenBatch", make_metric: MakeMetric) -> int:
+    """Return how many targets a metric has on a batch, from logits that are all equal and take no memory."""
+    shape = (*batch.input_ids_BT.shape, model.architecture.vocab_size)
+    logits_BTV = torch.zeros((), dtype=model.dtype, device=model.device).expand(shape)
+    return make_metric(logits_BTV, batch.last_columns_B).positions_BK.shape[1]
 
 
 def _header(

@@ -186,11 +186,10 @@ def _run(
     patches = [_Patch(site, streams=streams, layer=layer) for layer, site in enumerate(neuron_sites(model))]
     repeated = _rows(batch, torch.arange(n_rows).repeat_interleave(n_streams))
     with torch.no_grad(), edit(model, patches):
-        read_BRTX = read_out(model, repeated, metric).unflatten(0, (n_rows, n_streams))
+        seen, read_XSX = read_out(model, repeated, metric)
     stream_K = routes.stream_S[len(edges.neurons) :]
-    columns = [
-        metric.value(read_BRTX[:, stream])[:, target] for target, stream in enumerate(stream_K.tolist())
-    ]
+    read_BRSX = read_XSX.unflatten(0, (n_rows, n_streams))
+    columns = [seen.value(read_BRSX[:, stream])[:, target] for target, stream in enumerate(stream_K.tolist())]
     return torch.stack(columns, dim=1)
 
 

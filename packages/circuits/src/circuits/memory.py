@@ -104,14 +104,16 @@ def require_memory(
     limit: int | None = None,
     estimator: str = "relp",
     basis: str = "neurons",
+    n_targets: int = 1,
 ) -> MemoryEstimate:
     """Return the estimate for a batch; NotEnoughMemoryError above `limit` bytes (default: what is available)."""
     n_rows, n_tokens = batch.input_ids_BT.shape
-    wanted = estimate(model, n_rows, n_tokens, estimator=estimator, basis=basis)
+    wanted = estimate(model, n_rows, n_tokens, n_targets, estimator, basis)
     limit = available_bytes(model.device) if limit is None else limit
     if wanted.total > limit:
         raise NotEnoughMemoryError(
-            f"scoring {n_rows} prompts of {n_tokens} tokens takes about {wanted}, and {limit / GIB:.2f} GiB are "
-            "allowed or available: take fewer prompts at once, shorter ones, or another device"
+            f"scoring {n_rows} prompts of {n_tokens} tokens (targets: {n_targets}) takes about {wanted}, and "
+            f"{limit / GIB:.2f} GiB are allowed or available: take fewer prompts at once, shorter ones, or another "
+            "device"
         )
     return wanted

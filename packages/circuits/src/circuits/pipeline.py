@@ -32,6 +32,7 @@ from circuits.study import (
     held_out_curve,
     intervals_by_size,
     make_study,
+    size_on_training,
     under_every_reference,
 )
 from circuits.tasks import TASKS, Drawn, Style, Task, draw, find_task, task_names
@@ -49,6 +50,7 @@ class CircuitTracingConfig:
     `reference`: what ablated neurons are set to.
     `ablate`: size of the circuit, the top RelP neurons: faithfulness_N and completeness_N are its figures, its edges
     are those that `edge_sizes` count (none: no edges are run), and it is ablated in the last step.
+    `target`: faithfulness whose smallest size (of `sizes`) is found on training pairs, and judged on test pairs.
     `edge_pairs`: how many of the training pairs rank edges, and of the test pairs judge them.
     `supernodes`: candidate numbers of clusters of the neurons of `contexts` prompts (none: no clusters).
     `hypotheses`: how many signed neurons are scored against the task's classes (0: none).
@@ -68,6 +70,7 @@ class CircuitTracingConfig:
     max_nodes: int = 300
     max_edges: int = 2000
     ablate: int = 200
+    target: float = 0.9
     edge_sizes: list[int] = field(default_factory=list)
     edge_pairs: int = 32
     edge_estimators: list[str] = field(default_factory=lambda: ["relp", "magnitude", "random"])
@@ -143,6 +146,7 @@ def run_task(model: Model, name: str, drawn: Drawn, config: CircuitTracingConfig
         "conservation_error": max(float(scores["conservation_error"]), graph.header.conservation_error),
         "pairs": _counts(study, drawn),
         **_node_figures(points, points["relp"][sizes.index(config.ablate)], config),
+        "smallest": _smallest(points["relp"], size_on_training(study, scores["relp"], sizes, config.target)),
         "by_reference": _reference_figures(study, top_nodes(scores["relp"], config.ablate), run.seed),
         **(_edge_figures(edge_points) if edge_points else {}),
         **_graph_figures(graph),
@@ -182,6 +186,17 @@ def _node_figures(points: Curves, headline: CurvePoint, config: CircuitTracingCo
         **{kind: by_size(points, kind) for kind in kinds},
         "intervals": {kind: intervals_by_size(points, kind) for kind in kinds},
     }
+
+
+def _smallest(points: list[CurvePoint], size: int | None) -> dict[str, Any]:
+    """The size chosen on training pairs with its figures on the test pairs; no size where none was large enough."""
+    chosen = [point for point in points if point.size == size]
+    figures = {"neurons": size}
+    for point in chosen:
+        figures |= _headline("faithfulness", point.faithfulness()) | _headline(
+            "completeness", point.completeness()
+        )
+    return figures
 
 
 def _reference_figures(study: Study, keep_LTN: Tensor, seed: int) -> dict[str, Any]:

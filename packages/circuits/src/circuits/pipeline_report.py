@@ -52,8 +52,20 @@ def _summary(metrics: dict[str, Any], config: "CircuitTracingConfig") -> str:
         f"{size['train']} training and {size['test']} test pairs of {size['length']} tokens; the model prefers the "
         f"right answer on {accuracy:.1%} of the test pairs.{unable} The {config.ablate} neurons of largest mean RelP "
         f"score on the training pairs are {faithful:.2f} faithful [{low:.2f}, {high:.2f}] and {complete:.2f} complete "
-        f"(0 is ideal) on the test pairs. Relevance is conserved to {metrics['conservation_error']:.1e} of the metric "
-        "(where that is below a tenth of the absolute relevance: of the latter)."
+        "(0 is ideal) on the test pairs. "
+        f"{_smallest(metrics['smallest'], config.target)} Relevance is conserved to "
+        f"{metrics['conservation_error']:.1e} of the metric (where that is below a tenth of the absolute relevance: "
+        "of the latter)."
+    )
+
+
+def _smallest(figures: dict[str, Any], target: float) -> str:
+    if figures["neurons"] is None:
+        return f"None of the sizes is {target} faithful on the training pairs."
+    low, high = figures["faithfulness_ci"]
+    return (
+        f"The smallest size that is {target} faithful on the training pairs, {figures['neurons']}, is "
+        f"{figures['faithfulness']:.2f} [{low:.2f}, {high:.2f}] on the test pairs."
     )
 
 

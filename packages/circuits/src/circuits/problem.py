@@ -7,7 +7,7 @@ same functions with the basis "embeddings".
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,16 +86,22 @@ class Problem:
 
 def measure(model: "Model", batch: "TokenBatch", metric: Metric) -> Float[Tensor, "B K"]:
     """Run the model under its active edits and return every target's value, differentiable if gradients are enabled."""
-    return metric.value(read_out(model, batch, metric))
+    seen, read_BSX = read_out(model, batch, metric)
+    return seen.value(read_BSX)
 
 
-def read_out(model: "Model", batch: "TokenBatch", metric: Metric) -> Float[Tensor, "B T X"]:
-    """Run the model under its active edits and return what a metric reads: the logits, or the stream at its site."""
+def read_out(model: "Model", batch: "TokenBatch", metric: Metric) -> tuple[Metric, Float[Tensor, "B S X"]]:
+    """Run the model under its active edits and return what a metric reads: the logits, or the stream at its site.
+
+    Logits are computed from the first column that is read; the metric comes back with its positions counted from there.
+    """
     if metric.site == LOGITS:
-        return model(batch)
+        n_columns = batch.input_ids_BT.shape[1]
+        first = int(metric.positions_BK.min()) if metric.positions_BK.numel() else 0
+        return replace(metric, positions_BK=metric.positions_BK - first), model(batch, n_columns - first)
     with capture(model, [metric.site]) as acts:
         model(batch)
-    return acts[metric.site]
+    return metric, acts[metric.site]
 
 
 def pose(

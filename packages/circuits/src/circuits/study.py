@@ -3,7 +3,8 @@
 1. Training and test pairs of one task and one length, about different things (`circuits.tasks.draw`); the reference is
    every neuron's mean over the counterfactual prompts of the training pairs, for each position (or zero).
 2. A node's score is its signed mean over the training examples: examples where it is absent count as zero.
-3. Circuits are the top k nodes by absolute mean score; faithfulness and completeness are taken on the test pairs.
+3. Circuits are the top k nodes by absolute mean score; faithfulness and completeness are taken on the test pairs. The
+   size that reaches a target is found on the training pairs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from circuits.attribution import Problem, attribute, pose
 from circuits.edge_circuits import edge_curve
 from circuits.edges import Neurons
-from circuits.faithfulness import CurvePoint, curve, evaluate
+from circuits.faithfulness import CurvePoint, curve, evaluate, smallest_size
 from circuits.metric import Metric, logit_difference
 from circuits.pathways import REFERENCES, make_reference
 from circuits.relp import relp
@@ -93,9 +94,25 @@ def held_out_curve(
     study: Study, scores_LTN: Float[Tensor, "L T N"], sizes: Sequence[int]
 ) -> list[CurvePoint]:
     """Return the values of the top-k circuits of one ranking on the test pairs."""
-    metric, test = pair_metric(study, study.test), study.test
-    points = curve(study.model, test.clean, metric, scores_LTN[None], sizes, study.reference_BLTN)
-    return [replace(point, clusters=test.clusters) for point in points]
+    return _curve(study, study.test, scores_LTN, sizes)
+
+
+def size_on_training(
+    study: Study, scores_LTN: Float[Tensor, "L T N"], sizes: Sequence[int], target: float
+) -> int | None:
+    """Return the smallest size whose circuit reaches the target faithfulness on the training pairs, None if none does.
+
+    Its test value is then no choice made on test pairs.
+    """
+    return smallest_size(_curve(study, study.train, scores_LTN, sizes), target)
+
+
+def _curve(
+    study: Study, pairs: PairBatch, scores_LTN: Float[Tensor, "L T N"], sizes: Sequence[int]
+) -> list[CurvePoint]:
+    metric, clean = pair_metric(study, pairs), pairs.clean
+    points = curve(study.model, clean, metric, scores_LTN[None], sizes, study.reference_BLTN)
+    return [replace(point, clusters=pairs.clusters) for point in points]
 
 
 def under_every_reference(
