@@ -31,6 +31,7 @@ def main(arguments: Namespace) -> int:
     if not library.graphs() and not arguments.model:
         raise UserError(f"{arguments.folder} holds no graph; trace one, or give --model to trace here")
     socket = listen(HOST, arguments.port)
+    socket.listen()  # a browser that is faster than the server waits for it
     print(f"{len(library.graphs())} graphs at http://{HOST}:{socket.getsockname()[1]}/ (Ctrl-C ends)")
     server = uvicorn.Server(uvicorn.Config(create_app(library), log_level="warning"))
     server.run(sockets=[socket])
