@@ -1,6 +1,7 @@
 """Put draws to an engine batch by batch, and tell a row that the engine refuses from an engine that does not work.
 
-1. A batch that fails is asked again row by row, so that one bad row fails alone and is recorded as a failure.
+1. A batch that fails is asked again row by row, so that one bad row fails alone and is recorded as a failure. An
+   engine that tells the rows apart (`PartFailedError`) is not asked again: no answer is paid for twice.
 2. Before that, a draw that the engine has answered is asked again: if that fails too, the engine is at fault and its
    error is raised. The answer itself is not kept.
 3. While no draw was ever answered, failures are kept back. They are recorded at the first answer; after `PATIENCE` of
@@ -14,7 +15,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from assumptions.answer_file import Answered, AnswerFile
 from shared.errors import UserError
-from shared.generation import Completion, Generator, Request, Sampling
+from shared.generation import Completion, Generator, PartFailedError, Request, Sampling
 from shared.progress import progress
 
 PATIENCE = 32
@@ -108,6 +109,8 @@ class _Asker(Generic[R]):
             answers = self._generate(draws)
         except EngineStartError:
             raise
+        except PartFailedError as error:
+            self._take_part(draws, error)
         except Exception as error:
             self._check_engine(error)
             if len(draws) == 1:
@@ -130,6 +133,18 @@ class _Asker(Generic[R]):
         self.file.append([*self.held, *records])
         self.answered, self.trusted = draws[-1], True
         self.held.clear()
+
+    def _take_part(self, draws: Sequence[Draw[R]], error: PartFailedError) -> None:
+        """Record every draw's own answer or failure: the engine has told them apart."""
+        pairs = list(zip(draws, error.answers, strict=True))
+        answered = [(draw, one) for draw, one in pairs if not isinstance(one, UserError)]
+        if answered:
+            self._accept([draw for draw, _ in answered], [one for _, one in answered])
+        else:
+            self._check_engine(error)
+        for draw, one in pairs:
+            if isinstance(one, UserError):
+                self._fail(draw, one)
 
     def _ask_singly(self, draws: Sequence[Draw[R]]) -> None:
         for draw in draws:

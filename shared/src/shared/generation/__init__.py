@@ -9,7 +9,7 @@ A sample is a function of prompt, sampling and seed: it does not depend on the b
 from shared.generation.hf import HFGenerator
 from shared.generation.openai_server import OpenAIGenerator
 from shared.generation.replicas import VLLMReplicas
-from shared.generation.requests import Completion, Generator, Request, Sampling
+from shared.generation.requests import Completion, Generator, PartFailedError, Request, Sampling
 from shared.generation.streaming import Piece, stream
 from shared.generation.vllm_engine import VLLMGenerator
 
@@ -18,6 +18,7 @@ __all__ = [
     "Generator",
     "HFGenerator",
     "OpenAIGenerator",
+    "PartFailedError",
     "Piece",
     "Request",
     "Sampling",

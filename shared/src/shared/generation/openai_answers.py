@@ -15,7 +15,7 @@ TOKEN_ID = "token_id:"  # how vLLM spells a token when asked for ids in place of
 
 def text_completion(answer: "TextAnswer", top: int) -> Completion:
     """The single choice of a /completions answer, with the `top` likeliest tokens a position."""
-    choice = answer.choices[0]
+    choice = _first(answer)
     told = choice.logprobs
     logprobs = (
         [] if told is None else [float(value) for value in told.token_logprobs or [] if value is not None]
@@ -26,11 +26,23 @@ def text_completion(answer: "TextAnswer", top: int) -> Completion:
 
 def chat_completion(answer: "ChatCompletion", top: int) -> Completion:
     """The single choice of a /chat/completions answer, with the `top` likeliest tokens a position."""
-    choice = answer.choices[0]
+    choice = _first(answer)
     steps = (choice.logprobs.content or []) if choice.logprobs is not None else []
     entries = [{entry.token: entry.logprob for entry in step.top_logprobs} for step in steps] if top else []
     ranked = [likeliest(step, top) for step in entries]
     return _completion(choice, choice.message.content or "", [step.logprob for step in steps], ranked)
+
+
+def _first(answer: Any) -> Any:
+    """The first choice; UserError where the server sent something else."""
+    choices = getattr(answer, "choices", None)
+    if (
+        not isinstance(choices, list)
+        or not choices
+        or (hasattr(choices[0], "message") and not choices[0].message)
+    ):
+        raise UserError(f"the server's answer holds no choice: {str(answer)[:80]!r}; look into its log")
+    return choices[0]
 
 
 def _completion(choice: Any, text: str, logprobs: list[float], top: list[dict[int, float]]) -> Completion:

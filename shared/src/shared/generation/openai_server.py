@@ -15,7 +15,7 @@ from shared.errors import UserError
 from shared.generation.openai_answers import chat_completion, text_completion
 from shared.generation.pacing import Pace
 from shared.generation.prompts import is_chat
-from shared.generation.requests import Completion, Draw, EngineBase, Sampling
+from shared.generation.requests import Completion, Draw, EngineBase, PartFailedError, Sampling
 
 VLLM_EXTRAS: dict[str, Any] = {
     "return_token_ids": True,
@@ -26,12 +26,16 @@ VLLM_EXTRAS: dict[str, Any] = {
 }
 
 
+class _NobodyError(UserError):
+    """No server answers at the address."""
+
+
 class OpenAIGenerator(EngineBase):
     """A server at `base_url` (ending in /v1) serving `model`; a request's adapter is another model name there.
 
     The key is `api_key`, or OPENAI_API_KEY in the environment, or none. `requests_per_minute` spaces the requests; a
     retry comes in addition, when the server asks for it. UserError when the server cannot be reached, refuses the key
-    or does not list the model.
+    or does not list the model; PartFailedError, with the other answers, when it refuses some requests.
     """
 
     def __init__(
@@ -84,12 +88,22 @@ class OpenAIGenerator(EngineBase):
         for name in {draw.request.adapter for draw in draws} - {None}:
             self._check_model(str(name))
         with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-            futures = [pool.submit(self._complete_one, draw, sampling) for draw in draws]
+            futures = [pool.submit(self._attempt, draw, sampling) for draw in draws]
             try:
-                return [future.result() for future in futures]
+                results = [future.result() for future in futures]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        return _whole(results, sampling.n)
+
+    def _attempt(self, draw: Draw, sampling: Sampling) -> Completion | UserError:
+        """A draw's completion, or why the server gave none; raises where nobody answers at all."""
+        try:
+            return self._complete_one(draw, sampling)
+        except _NobodyError:
+            raise
+        except UserError as error:
+            return error
 
     def _complete_one(self, draw: Draw, sampling: Sampling) -> Completion:
         import openai
@@ -107,6 +121,8 @@ class OpenAIGenerator(EngineBase):
             return text_completion(self._client.completions.create(prompt=prompt, **text_body), top)
         except openai.OpenAIError as error:
             raise self._explained(error) from error
+        except ValueError as error:
+            raise UserError(f"{self.base_url} sent what is no JSON ({error}): look into its log") from error
 
     def _body(self, draw: Draw, sampling: Sampling) -> dict[str, Any]:
         """The fields that both endpoints share."""
@@ -129,7 +145,7 @@ class OpenAIGenerator(EngineBase):
         if isinstance(error, openai.APITimeoutError):
             return UserError(f"{self.base_url} did not answer in time: raise timeout or lower concurrency")
         if isinstance(error, openai.APIConnectionError):
-            return UserError(
+            return _NobodyError(
                 f"cannot reach {self.base_url}: is the server running, and does the address end in /v1?"
             )
         if isinstance(error, openai.AuthenticationError):
@@ -139,6 +155,19 @@ class OpenAIGenerator(EngineBase):
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
+
+
+def _whole(results: list[Completion | UserError], n: int) -> list[Completion]:
+    """The completions of all draws, `n` a request; PartFailedError where some have none."""
+    completions = [one for one in results if isinstance(one, Completion)]
+    if len(completions) == len(results):
+        return completions
+    answers: list[list[Completion] | UserError] = []
+    for start in range(0, len(results), n):
+        group = results[start : start + n]
+        own = [one for one in group if isinstance(one, Completion)]
+        answers.append(own if len(own) == n else next(one for one in group if isinstance(one, UserError)))
+    raise PartFailedError(answers)
 
 
 def response_format(schema: dict[str, Any]) -> dict[str, Any]:

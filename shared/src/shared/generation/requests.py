@@ -133,6 +133,14 @@ def regroup(completions: Sequence[Completion], n: int) -> list[list[Completion]]
     return [list(completions[start : start + n]) for start in range(0, len(completions), n)]
 
 
+class PartFailedError(UserError):
+    """Some requests of a batch have no answer. `answers` holds, by request, its completions or what went wrong."""
+
+    def __init__(self, answers: Sequence[list[Completion] | UserError]) -> None:
+        self.answers = list(answers)
+        super().__init__(str(next(one for one in self.answers if isinstance(one, UserError))))
+
+
 class EngineBase:
     """Adds expansion into draws and the `with` statement to an engine that implements `_complete` and `close`."""
 
