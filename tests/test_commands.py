@@ -37,6 +37,25 @@ USES = [
     Use("assumptions words {in} --out {tmp}/x.html", reads="answers"),
     Use("assumptions words {answers} --out {out}", writes="file"),
     Use("assumptions words {answers} --against {in} --out {tmp}/x.html", reads="answers"),
+    Use(
+        "assumptions goals --server http://127.0.0.1:9/v1 --model x --script {in} --out {tmp}/x", reads="rows"
+    ),
+    Use(
+        "assumptions goals --server http://127.0.0.1:9/v1 --model x --pairs {in} --out {tmp}/x", reads="rows"
+    ),
+    Use("assumptions goals --server http://127.0.0.1:9/v1 --model x --out {out}", writes="folder"),
+    Use(
+        "assumptions transcripts --server http://127.0.0.1:9/v1 --model x --data {in} --out {tmp}/x",
+        reads="rows",
+    ),
+    Use(
+        "assumptions transcripts --server http://127.0.0.1:9/v1 --model x --data x --out {out}",
+        writes="folder",
+    ),
+    Use("assumptions survey items {in} --participants 2 --out {tmp}/x.csv", reads="rows"),
+    Use("assumptions survey items {good} --participants 2 --out {out}", writes="file"),
+    Use("assumptions survey analyze {in} {good} --out {tmp}/x", reads="rows"),
+    Use("assumptions survey analyze {good} {good} --out {out}", writes="folder"),
     Use("assumptions probe {in}", reads="study"),
     Use("assumptions steer {in}", reads="study"),
     Use("assumptions report {in}", reads="study"),

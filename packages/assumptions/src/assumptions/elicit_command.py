@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=128, help="answers between two writes to the disk")
     parser.add_argument(
         "--shuffle-order", action="store_true", help="another order of the dimensions for every answer"
     )
@@ -117,7 +119,8 @@ def _question(arguments: argparse.Namespace, settings: ElicitationSettings, scor
         "data": str(arguments.data),
         "columns": _columns(arguments.column),
         "instrument": arguments.instrument,
-        "settings": settings,
+        # how many answers are asked for at a time changes none of them
+        "settings": replace(settings, batch_size=ElicitationSettings.batch_size),
         "score": score,
     }
 
@@ -149,6 +152,7 @@ def _study(
 
 def _settings(arguments: argparse.Namespace) -> ElicitationSettings:
     return ElicitationSettings(
+        batch_size=arguments.batch_size,
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,

@@ -29,12 +29,18 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--server", help="address of an OpenAI-compatible server, ending in /v1, in place of --engine"
     )
     parser.add_argument("--requests-per-minute", type=float, help="rate limit of the server")
+    parser.add_argument("--concurrency", type=int, default=64, help="requests to the server at a time")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds that an answer of the server may take"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--free", action="store_true", help="no grammar: the answer is read leniently")
 
 
 def check_engine(arguments: argparse.Namespace) -> None:
-    """UserError where the engine has no grammar and one is wanted."""
+    """UserError where the engine has no grammar and one is wanted, or a number is none."""
+    if min(arguments.concurrency, arguments.timeout) <= 0:
+        raise UserError("--concurrency and --timeout must be positive")
     if arguments.engine == "hf" and not (arguments.free or arguments.server):
         raise UserError("--engine hf has no grammar: add --free, or take vllm")
 
@@ -54,6 +60,11 @@ def open_engine(arguments: argparse.Namespace) -> Asked:
 
 def _start(arguments: argparse.Namespace, model: Model | None) -> Generator:
     if model is None:
-        pace = arguments.requests_per_minute
-        return OpenAIGenerator(arguments.server, arguments.model, requests_per_minute=pace)
+        return OpenAIGenerator(
+            arguments.server,
+            arguments.model,
+            concurrency=arguments.concurrency,
+            timeout=arguments.timeout,
+            requests_per_minute=arguments.requests_per_minute,
+        )
     return start_engine(arguments.engine, model, arguments.replicas)
