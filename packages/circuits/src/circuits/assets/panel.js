@@ -28,12 +28,15 @@ function list(lines, more) {
   return made;
 }
 
+const MANY = 64; // tokens: of longer prompts, those that count
 // The prompt with each token's part of the thing: in colour, in figures, and as a table for those who hear it.
 function tokenTable(item) {
   const map = tokenMap(item);
   if (!map) return [];
   const top = Math.max(1e-30, ...map.values.map(Math.abs));
-  const rows = map.values.map((value, position) => {
+  const all = map.values.length <= MANY, shown = [...map.values.keys()].filter((position) => all || map.values[position]);
+  const rows = shown.map((position) => {
+    const value = map.values[position];
     const cell = html("span", { textContent: value ? signed(value) : "\u00b7", aria: { role: "cell" } });
     const name = html("span", { textContent: word(header.tokens[position]), aria: { role: "rowheader" } });
     const row = html("span", { className: value < 0 ? "minus" : "plus", aria: { role: "row" } }, name, cell);
