@@ -55,7 +55,7 @@ def run_in(folder, config):
 def test_pipeline_on_a_file_of_pairs_writes_what_it_says(pairs, tmp_path, monkeypatch):
     config = CircuitTracingConfig(tasks=[str(pairs)], **CONFIG)
     metrics = run_in(tmp_path / "run", config)
-    for work in ("mean_scores", "conservation_error", "trace_problem", "edge_scores"):
+    for work in ("mean_scores", "conservation_error", "trace_problem", "edge_scores", "held_out_edge_curve"):
         monkeypatch.setattr(pipeline_stages, work, lambda *args, **options: pytest.fail("was done before"))
     assert run_in(tmp_path / "run", config) == metrics  # from the files of the first
     assert metrics["conservation_error"] < 1e-4
@@ -65,6 +65,9 @@ def test_pipeline_on_a_file_of_pairs_writes_what_it_says(pairs, tmp_path, monkey
         assert all(math.isfinite(value) for value in curve.values())
         assert list(metrics["completeness"]["letters"][estimator]) == ["5", "50"]
     assert metrics["faithfulness_5"]["letters"] == metrics["faithfulness"]["letters"]["relp"]["5"]
+    always = metrics["always_on"]["letters"]
+    assert 0 <= always["share"] <= 1
+    assert "Always-on neurons" in (tmp_path / "run" / "report.html").read_text()
     smallest = metrics["smallest"]["letters"]
     if smallest["neurons"] is not None:  # the test value at a size that training pairs chose
         size = str(smallest["neurons"])

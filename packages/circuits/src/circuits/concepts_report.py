@@ -1,9 +1,10 @@
 """The report's parts about concepts: supernodes, hypotheses, steering, and the steps of the capitals question."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from circuits.hypotheses import Finding, tag_groups
+from circuits.merge import AlwaysOn
 from circuits.supernodes import Supernodes
 from circuits.sweeps import SweepPoint
 from shared.runs import Run
@@ -66,6 +67,16 @@ def swap_rate(effects: Sequence[dict[str, Any]], nodes: str, question: str) -> l
 def _effect(effects: Sequence[dict[str, Any]], nodes: str, kind: str, question: str) -> dict[str, Any]:
     names = (nodes, kind, question)
     return next(row for row in effects if (row["nodes"], row["edit"], row["question"]) == names)
+
+
+def report_always_on(found: Sequence[AlwaysOn], shares: Mapping[str, float], run: Run) -> None:
+    """Add the neurons that act whatever the prompt, and how much of each task's circuit they are."""
+    names = ", ".join(f"{one.layer}/{one.neuron}" for one in found) or "none"
+    circuits = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
+    run.report.text(
+        f"## Always-on neurons\n\nIn the graphs of at least nine in ten neutral prompts (layer/index): {names}. Of the "
+        f"tasks' circuits they are {circuits}; such neurons are not about a task."
+    )
 
 
 def report_steps(found: dict[str, Any], run: Run) -> None:

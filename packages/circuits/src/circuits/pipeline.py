@@ -7,17 +7,20 @@ run by path patching on test pairs; (5) the graph of one test prompt and its pag
 beside as many random ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
 from circuits.attribution import ESTIMATORS, top_nodes
-from circuits.concepts_report import report_findings, report_supernodes, report_sweep
+from circuits.concepts_report import report_always_on, report_findings, report_supernodes, report_sweep
 from circuits.edge_circuits import EDGE_ESTIMATORS
 from circuits.faithfulness import CurvePoint
 from circuits.graph import Graph
+from circuits.merge import AlwaysOn
 from circuits.pipeline_concepts import (
+    always_on_stage,
     hypothesis_stage,
     steering_stage,
     steps_stage,
@@ -118,12 +121,14 @@ def run(config: CircuitTracingConfig, model_config: ModelConfig, run: Run) -> di
         "noun, city or number of one is in the other. Intervals resample what the pairs are about."
     )
     metrics: dict[str, Any] = {"conservation_error": 0.0}
+    always_on = always_on_stage(model, config, run)
     pairs = list(zip(tasks, drawn, strict=True))
     for task, examples in run.progress(pairs, "tasks"):
-        result = run_task(model, task.name, examples, config, run)
+        result = run_task(model, task.name, examples, config, run, always_on)
         metrics["conservation_error"] = max(metrics["conservation_error"], result.pop("conservation_error"))
         for key, value in result.items():
             metrics.setdefault(key, {})[task.name] = value
+    report_always_on(always_on, {name: one["share"] for name, one in metrics["always_on"].items()}, run)
     if config.steps:
         metrics["steps"] = steps_stage(model, config, run)
     return metrics
@@ -133,7 +138,14 @@ def _drawn(model: Model, task: Task, config: CircuitTracingConfig, seed: int) ->
     return draw(model, task, {"train": config.train_pairs, "test": config.test_pairs}, seed, config.style)
 
 
-def run_task(model: Model, name: str, drawn: Drawn, config: CircuitTracingConfig, run: Run) -> dict[str, Any]:
+def run_task(
+    model: Model,
+    name: str,
+    drawn: Drawn,
+    config: CircuitTracingConfig,
+    run: Run,
+    always_on: Sequence[AlwaysOn] = (),
+) -> dict[str, Any]:
     """Score, judge, trace and ablate one task; returns its metrics and adds its part of the report."""
     study = make_study(model, name, drawn.parts["train"], drawn.parts["test"], config.reference)
     scores = score_stage(study, config, run)
@@ -151,6 +163,7 @@ def run_task(model: Model, name: str, drawn: Drawn, config: CircuitTracingConfig
         **(_edge_figures(edge_points) if edge_points else {}),
         **_graph_figures(graph),
         "ablation": ablation,
+        "always_on": _always_on(always_on, top_nodes(scores["relp"], config.ablate)),
     }
     report_task(study, points, edge_points, rows, graph, metrics, config, run)
     return metrics | _concepts(study, scores["relp"], config, run)
@@ -186,6 +199,12 @@ def _node_figures(points: Curves, headline: CurvePoint, config: CircuitTracingCo
         **{kind: by_size(points, kind) for kind in kinds},
         "intervals": {kind: intervals_by_size(points, kind) for kind in kinds},
     }
+
+
+def _always_on(found: Sequence[AlwaysOn], circuit_LTN: Tensor) -> dict[str, Any]:
+    """The model's always-on neurons, and the share of the circuit's nodes that are theirs."""
+    theirs = sum(int(circuit_LTN[one.layer, :, one.neuron].sum()) for one in found)
+    return {"neurons": [list(one[:2]) for one in found], "share": theirs / max(1, int(circuit_LTN.sum()))}
 
 
 def _smallest(points: list[CurvePoint], size: int | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from circuits.hypotheses import (
     signed_features,
     strongest_features,
 )
+from circuits.merge import AlwaysOn, always_on
 from circuits.metric import Metric, top_logits
 from circuits.pathways import neuron_activations
 from circuits.pipeline_stages import graph_folder, inputs_hash
@@ -36,8 +37,9 @@ from circuits.study import Study, pose_pairs
 from circuits.supernodes import Supernodes, from_clusters, read_supernodes, write_supernodes
 from circuits.sweeps import SweepPoint, sweep
 from circuits.tasks import PairBatch
+from circuits.tracing import trace
 from shared.models import Model
-from shared.runs import Run
+from shared.runs import Run, config_hash
 from shared.tinyworld.facts import CAPITALS
 
 if TYPE_CHECKING:
@@ -133,6 +135,18 @@ def hypothesis_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> 
 def _features(study: Study, half: PairBatch, seed: int) -> Tensor:
     problem = pose_pairs(study, half)
     return signed_features(attribute(problem, "relp", seed)[:, 0], problem.activations_BLTN)
+
+
+def always_on_stage(model: Model, config: "CircuitTracingConfig", run: Run) -> list[AlwaysOn]:
+    """Return the neurons in the graphs of nearly all neutral prompts: a circuit that has them is not about its task."""
+
+    def compute() -> list[AlwaysOn]:
+        prompts = run.progress(NEUTRAL, "neutral prompts")
+        limits = {"threshold": config.threshold, "max_nodes": config.max_nodes}
+        return always_on([trace(model, text, max_edges=1, **limits) for text in prompts])  # type: ignore[arg-type]
+
+    key = config_hash([NEUTRAL, config.threshold, config.max_nodes])[:8]
+    return [AlwaysOn(*row) for row in run.json_stage(f"always_on-{key}.json", compute)]
 
 
 def steering_stage(

@@ -4,6 +4,7 @@ What takes long is kept in the run folder, in files named after what they are ma
 resumed run whose pairs changed makes new ones.
 """
 
+from functools import partial
 from operator import ne
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def edge_stage(
 ) -> dict[str, list[CurvePoint]]:
     """Return, for every ranking of edges among the circuit's neurons, its values on the test pairs by path patching.
 
-    Edges are ranked on the training pairs, and their scores kept in the run folder.
+    Edges are ranked on the training pairs; scores and values are kept in the run folder.
     """
     from safetensors.torch import load_file, save_file
 
@@ -77,10 +78,19 @@ def edge_stage(
         ranked = {name: edge_scores(problem, neurons, name, run.seed) for name in config.edge_estimators}
         with stage as path:
             save_file({name: scores.contiguous().cpu() for name, scores in ranked.items()}, path)
-    return {
-        name: held_out_edge_curve(study, neurons, scores_Sn, config.edge_sizes)
-        for name, scores_Sn in load_file(stage.path).items()
-    }
+    key = inputs_hash(study, config.reference, config.ablate, config.edge_sizes)
+    points = {}
+    for name, scores_Sn in load_file(stage.path).items():
+        values = partial(held_out_edge_curve, study, neurons, scores_Sn, config.edge_sizes)
+        rows = run.json_stage(f"edge_curve_{study.name}_{name}-{key}.json", values)
+        points[name] = [_curve_point(row) for row in rows]
+    return points
+
+
+def _curve_point(row: dict[str, Any]) -> CurvePoint:
+    names = ("circuit_B", "rest_B", "full_B", "empty_B")
+    circuit, rest, full, empty = (torch.tensor(row[name], dtype=torch.float64) for name in names)
+    return CurvePoint(row["size"], circuit, rest, full, empty, tuple(row["clusters"]))
 
 
 def graph_stage(study: Study, config: "CircuitTracingConfig", run: Run) -> Graph:
