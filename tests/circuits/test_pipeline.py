@@ -2,16 +2,19 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from circuits import pipeline_concepts, pipeline_stages
+from circuits.faithfulness import smallest_size
 from circuits.folder import open_folder
 from circuits.graph import load_graph
 from circuits.pipeline import PIPELINE, CircuitTracingConfig
+from circuits.study import held_out_curve, make_study, mean_scores, pose_pairs, size_on_training
 from circuits.supernodes import Supernodes, read_supernodes, write_supernodes
-from circuits.tasks import TaskError
+from circuits.tasks import TaskError, draw, find_task
 from shared.models import ModelConfig, load
 from shared.runs import start_run
 
@@ -43,6 +46,20 @@ def write_pairs(path, answers=lambda prompt: ("x", "y")):
 @pytest.fixture
 def pairs(tmp_path):
     return write_pairs(tmp_path / "letters.jsonl")
+
+
+def test_the_smallest_size_is_found_on_training_pairs(pairs):
+    """What training pairs need, and not what would have done on the test pairs."""
+    model = load(ModelConfig("random:llama"))
+    halves = draw(model, find_task(str(pairs)), {"train": 8, "test": 6}).parts
+    made = make_study(model, "letters", halves["train"], halves["test"])
+    scores_LTN, sizes = mean_scores(pose_pairs(made, made.train), "relp"), [1, 5, 20, 100]
+    on_train = held_out_curve(replace(made, test=made.train), scores_LTN, sizes)
+    on_test = held_out_curve(made, scores_LTN, sizes)
+    targets = [point.faithfulness().estimate - 1e-6 for point in (*on_train, *on_test)]
+    found = [size_on_training(made, scores_LTN, sizes, target) for target in targets]
+    assert found == [smallest_size(on_train, target) for target in targets]
+    assert found != [smallest_size(on_test, target) for target in targets]
 
 
 def run_in(folder, config):
