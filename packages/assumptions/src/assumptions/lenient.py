@@ -18,6 +18,10 @@ _ABSENT: Final = object()
 _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u201d": "\u201d", "\u2018": "\u2019", "\u2019": "\u2019"}
 _STRICT_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _BARE = re.compile(r"[^\s,:{}\[\]\"]+")
+# What goes on after a number on its line and makes it another one, or none: "1 / 10", "5 %", "0.7 - 0.8", and in an
+# object "0,7" (whose members begin with a key, never with a digit). The next member, or a comment, does not.
+_GOES_ON = re.compile(r"[ \t]*(?![\s,:{}\[\]\"'\u201c\u2018]|//|/\*|\#|\w+[ \t]*[:=])[^,{}\[\]\"\n]+")
+_DECIMAL_COMMA = re.compile(r",[ \t]*\d+(?![\d.]*\s*[:=])")
 _LITERALS: dict[str, Any] = {"true": True, "false": False, "null": None}
 _PYTHON: dict[str, Any] = {"True": True, "False": False, "None": None}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"'}
@@ -102,7 +106,7 @@ class _Reader:
                 self.at += 1
                 continue
             key = self.key()
-            value = self.value(depth) if self.colon() else _ABSENT
+            value = self.value(depth, in_object=True) if self.colon() else _ABSENT
             if value is not _ABSENT:
                 self.put(pairs, key, value)
             after_comma = self.comma()
@@ -144,7 +148,7 @@ class _Reader:
             self.note("missing comma")
         return False
 
-    def value(self, depth: int) -> Any:
+    def value(self, depth: int, in_object: bool = False) -> Any:
         self.space()
         here = self.peek()
         if here == "":
@@ -162,7 +166,7 @@ class _Reader:
         if here in ",}]":
             self.note("key without value")
             return _ABSENT
-        return self.scalar()
+        return self.scalar(in_object)
 
     def array(self, depth: int) -> list[Any]:
         items: list[Any] = []
@@ -195,7 +199,7 @@ class _Reader:
         self.at = found.end()
         return found.group()
 
-    def scalar(self) -> Any:
+    def scalar(self, in_object: bool) -> Any:
         if (
             self.peek() == "<" and (end := self.text.find(">", self.at)) >= 0
         ):  # a placeholder copied from a prompt
@@ -206,12 +210,24 @@ class _Reader:
         if self.at >= len(self.text):
             self.truncated = True
             return _ABSENT
+        if word[:1].isdigit() and (more := self.more(in_object)):
+            return word + more
         if _STRICT_NUMBER.fullmatch(word):
             return float(word)
         if word in _LITERALS:
             return _LITERALS[word]
         self.note("bare value")
         return _PYTHON.get(word, word)
+
+    def more(self, in_object: bool) -> str:
+        """What belongs to the number before the cursor, so that it is not read as the number it begins with."""
+        patterns = (_GOES_ON, _DECIMAL_COMMA) if in_object else (_GOES_ON,)
+        found = next((one for pattern in patterns if (one := pattern.match(self.text, self.at))), None)
+        if found is None:
+            return ""
+        self.note("bare value")
+        self.at = found.end()
+        return found.group().rstrip()
 
     def string(self, after: re.Pattern[str]) -> tuple[str, bool]:
         """Read a quoted string; a quote not followed by what `after` matches is taken as part of the text."""

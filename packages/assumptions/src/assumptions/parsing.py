@@ -7,6 +7,7 @@
     template_echo  the model repeated the prompt's form: placeholders only, or all zeros with empty explanations (a form
                    without explanations shows no zeros: there all zeros are an answer)
 
+0. What a model thinks aloud in <think> tags is no answer; a thought without end leaves none.
 1. Read every outermost brace block leniently (`lenient`) and take what fits the shape (`shapes`).
 2. Drop echoes of the form: a leaked prompt tail in front of an answer is not an answer.
 3. The first complete one counts, else the first with any number, so that a runaway continuation cannot replace it.
@@ -21,6 +22,8 @@ from enum import StrEnum
 from assumptions.lenient import Reading, read_object
 from assumptions.shapes import Number, Shape, Taken, Text, leaf_paths, read_number, take
 
+_OPENING = re.compile(r"(?i)<think(?:ing)?>")
+_CLOSING = re.compile(r"(?i)</think(?:ing)?>")
 Path = tuple[str | int, ...]
 
 
@@ -53,6 +56,15 @@ class Answer:
 
 def parse(text: str, shape: Shape, section: re.Pattern[str] | None = None) -> Answer:
     """Read the answer of the given shape out of a model's text; `section` matches what may follow the object."""
+    spoken = _without_thoughts(text)
+    answer = _parse(spoken, shape, section)
+    if spoken == text:
+        return answer
+    status = Status.REPAIRED if answer.status is Status.CLEAN else answer.status
+    return replace(answer, status=status, repairs=(*answer.repairs, "thoughts"))
+
+
+def _parse(text: str, shape: Shape, section: re.Pattern[str] | None) -> Answer:
     readings = _readings(text)
     answers = [_judge(text, reading, shape) for reading in readings]
     usable = [index for index, answer in enumerate(answers) if answer.numbers]
@@ -62,6 +74,14 @@ def parse(text: str, shape: Shape, section: re.Pattern[str] | None = None) -> An
     body = text[: marker.start()] if marker else text
     usable = [index for index in usable if readings[index].start < len(body)]
     return _choose(body, [readings[i] for i in usable], [answers[i] for i in usable])
+
+
+def _without_thoughts(text: str) -> str:
+    """The text with thoughts blanked: all up to the last closing tag, and all from an opening one without end."""
+    closed = max((match.end() for match in _CLOSING.finditer(text)), default=0)
+    opened = _OPENING.search(text, closed)
+    end = opened.start() if opened else len(text)
+    return " " * closed + text[closed:end] + " " * (len(text) - end)
 
 
 def _choose(body: str, readings: list[Reading], answers: list[Answer]) -> Answer:
@@ -142,7 +162,7 @@ def _line_number(text: str, key: str) -> float | None:
         return None
     spelled = re.escape(key).replace("_", r"[ _-]")
     found = re.findall(
-        rf"(?i)\b{spelled}\b[\"'*`]*\s*[:=]\s*[\"'*`]*([\d.]+\s*%?)(?=[\"'*`]*\s*[,;}}\n])", text
+        rf"(?i)\b{spelled}\b[\"'*`]*\s*[:=]\s*[\"'*`]*([\d.]+\s*%?)(?=[\"'*`]*\s*(?:[;}}\n]|,(?!\d)))", text
     )
     values = {read_number(match)[0] for match in found}
     return values.pop() if len(values) == 1 else None

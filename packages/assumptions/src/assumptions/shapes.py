@@ -16,7 +16,7 @@ PLACEHOLDER_NUMBER = "<number from 0 to 1>"
 PLACEHOLDER_TEXT = "<{hint}>"
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _FRACTION = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/|out of|of)\s*(1|5|10|100)(?:\.0+)?")
-_DECIMAL = re.compile(r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_DECIMAL = re.compile(r"\+?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")  # "0." may have been cut
 _PLACEHOLDER = re.compile(r"<[^<>]{2,60}>")
 
 
