@@ -65,6 +65,11 @@ TARGETS = (
     Target(
         "ridge: slope over the true one's", lambda m: m["truth"]["steering"]["ridge"]["of_true_mean"], 0.7
     ),
+    Target(
+        "ridge on expected scores: slope over the true one's, worst",
+        lambda m: _worst(m["truth"]["steering"]["ridge_expected"]["of_true"]),
+        0.7,
+    ),
     Target("ridge: specificity", lambda m: m["truth"]["steering"]["ridge"]["specificity"], 10),
     Target("ridge: right sign, of 9", lambda m: m["truth"]["steering"]["ridge"]["right_sign"], 9),
     Target(

@@ -29,7 +29,7 @@ from shared.tinyworld import social
 @pytest.fixture(scope="module")
 def study():
     model = load("tinyworld")
-    messages = load_messages("tinyworld", 240, seed=5, columns={})
+    messages = load_messages("tinyworld", 400, seed=5, columns={})
     labels = torch.from_numpy(messages.posterior_BK)
     split = group_split(messages.chats, seed=0)
     features = capture_features(model, messages.chats)
@@ -56,8 +56,9 @@ def measured(study):
     planted = planted_in("tinyworld")
     asked = [chats[i] for i in split.test[:6]]
     families = truth_families(planted, grounds)
-    three = {kind: [some[k * len(some) // 9] for k in (0, 3, 4)] for kind, some in families.items()}
-    return model, planted, families, asked, steer_and_ask(model, planted, three, asked)
+    chosen = {kind: [some[k * len(some) // 9] for k in (0, 3, 4)] for kind, some in families.items()}
+    chosen |= {kind: families[kind] for kind in ("true", "ridge")}
+    return model, planted, families, asked, steer_and_ask(model, planted, chosen, asked)
 
 
 class TestTruth:
@@ -77,9 +78,16 @@ class TestTruth:
 
     @pytest.mark.parametrize("kind", ["ridge", "pattern"])
     def test_directions_that_were_read_steer_nearly_as_well(self, measured, kind):
+        """The ridge's, fitted on labels without noise, in nine of nine; the pattern's in the mean."""
         one, true = measured[4][kind], measured[4]["true"]
-        ratio = np.diag(one.matrix[:, [0, 3, 4]]) / np.diag(true.matrix[:, [0, 3, 4]])
+        slopes, of_true = (
+            dict(zip(some.targets, (slope.estimate for slope in some.on_target().values()), strict=True))
+            for some in (one, true)
+        )
+        ratio = np.array([slope / of_true[name] for name, slope in slopes.items()])
+        assert len(ratio) == (9 if kind == "ridge" else 3)
         assert ratio.mean() >= 0.7
+        assert kind == "pattern" or ratio.min() >= 0.7, ratio
         assert one.specificity() >= 10
         assert all(slope.estimate > 0 for slope in one.on_target().values())
 

@@ -3,7 +3,8 @@
 1. Elicitation: the scores it states, and the expected ones of its digits, against the posterior mean: R2 by dimension.
 2. Steering at the planted block: the true directions, the probes' and the pattern directions, and random ones, all
    pushed by SCALE delta along unit vectors, delta from -0.6 to 0.6. Slopes of the re-elicited scores per unit delta
-   (`closure`); ideal is the generator's own, below 1 because latents are clipped to [0, 1].
+   (`closure`), and of what the probes' would be if the labels were expected scores, free of the noise of stated ones;
+   ideal is the generator's own, below 1 because latents are clipped to [0, 1].
 3. Replies: the probability of every outcome's high form against the rule, and its change under steering against the
    sign of the rule's weight, wherever that is not zero.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
@@ -32,7 +34,7 @@ from shared.tinyworld.examiner import Examiner
 
 DELTAS = (-0.6, -0.3, 0.0, 0.3, 0.6)
 RANDOM = 5  # random directions of every dimension
-KINDS: tuple[Kind, ...] = ("probe", "pattern")
+FITTED = ("ridge", "pattern", "ridge_expected")
 
 
 @dataclass(frozen=True)
@@ -98,27 +100,22 @@ def truth_families(planted: Planted, grounds: Grounds, seed: int = 0) -> dict[st
     """The four kinds of direction at the planted block: true, the probes', the patterns', and `RANDOM` beside each."""
     ground = Ground.of(grounds.features, grounds.split.train, planted.block)
     true = planted.directions(ground)
-    fitted = {
-        kind: [
-            directions_by_block(
-                grounds.features,
-                grounds.labels_BK,
-                grounds.probes,
-                grounds.split,
-                name,
-                [planted.block],
-                kind,
-            )[0]
-            for name in NAMES
-        ]
-        for kind in KINDS
-    }
     return {
         "true": true,
-        "ridge": fitted["probe"],
-        "pattern": fitted["pattern"],
+        "ridge": fitted_directions(planted, grounds, "probe"),
+        "pattern": fitted_directions(planted, grounds, "pattern"),
         "random": [control for one in true for control in random_directions(one, RANDOM, seed)],
     }
+
+
+def fitted_directions(planted: Planted, grounds: Grounds, kind: Kind) -> list[Direction]:
+    """The directions that the labels of `grounds` give at the planted block, one a dimension."""
+    found = []
+    for name in NAMES:
+        found += directions_by_block(
+            grounds.features, grounds.labels_BK, grounds.probes, grounds.split, name, [planted.block], kind
+        )
+    return found
 
 
 def truth_of(
@@ -136,12 +133,14 @@ def truth_of(
     """
     planted, test = planted_in(name), grounds.split.test
     chats = [grounds.chats[i] for i in test]
-    expected_BK = forced_scores(model, instrument("tinyworld_nine"), chats)
+    expected_BK = forced_scores(model, instrument("tinyworld_nine"), grounds.chats)
     families = truth_families(planted, grounds)
+    relabelled = replace(grounds, labels_BK=torch.from_numpy(expected_BK).clamp(0, 1))
+    families["ridge_expected"] = fitted_directions(planted, relabelled, "probe")
     closures = steer_and_ask(model, planted, families, chats[:count], progress)
     return {
         "block": planted.block,
-        "elicited_r2": r2_by_dimension(expected_BK, posterior_BK[test]),
+        "elicited_r2": r2_by_dimension(expected_BK[test], posterior_BK[test]),
         "stated_r2": r2_by_dimension(stated_BK[test], posterior_BK[test]),
         "reply": reply_figures(model, planted, families, chats[:count]),
         "steering": truth_figures(closures, chats[:count]),
@@ -152,7 +151,7 @@ def truth_figures(closures: dict[str, Closure], chats: Sequence[Chat]) -> dict[s
     """Slopes by kind and dimension, shares of the true slope, and the generator's own slope as ideal."""
     figures: dict[str, Any] = {kind: closure_figures(one) for kind, one in closures.items()}
     true = figures["true"]["slope"]
-    for kind in ("ridge", "pattern"):
+    for kind in (name for name in FITTED if name in figures):
         slopes, mean = figures[kind]["slope"], figures[kind]["slope_mean"]
         figures[kind] |= {"of_true": {name: slope / true[name] for name, slope in slopes.items()}}
         figures[kind] |= {"of_true_mean": mean / figures["true"]["slope_mean"]}
