@@ -66,8 +66,8 @@ TARGETS = (
         "ridge: slope over the true one's", lambda m: m["truth"]["steering"]["ridge"]["of_true_mean"], 0.7
     ),
     Target(
-        "ridge on expected scores: slope over the true one's, worst",
-        lambda m: _worst(m["truth"]["steering"]["ridge_expected"]["of_true"]),
+        "bisector on expected scores: slope over the true one's, worst",
+        lambda m: _worst(m["truth"]["steering"]["bisector_expected"]["of_true"]),
         0.7,
     ),
     Target("ridge: specificity", lambda m: m["truth"]["steering"]["ridge"]["specificity"], 10),

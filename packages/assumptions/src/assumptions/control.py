@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from assumptions.directions import fitted_direction
 from assumptions.doses import Curve
 from assumptions.features import Features
 from assumptions.probes import Probe, ProbeSet, fit_probes
 from assumptions.splits import Split
-from assumptions.steering import Direction, Kind, pattern_direction, probe_direction, random_directions
+from assumptions.steering import Direction, Fitted, random_directions
 from shared.errors import UserError
 
 SPREAD = 8  # blocks tried where none are named
@@ -63,18 +64,17 @@ def directions_by_block(
     split: Split,
     dimension: str,
     blocks: Sequence[int],
-    kind: Kind,
+    kind: Fitted,
 ) -> list[Direction]:
     """The dimension's direction at each block, from a probe fitted there on the rows of `probes`."""
     column = list(probes.probes).index(dimension)
     labels_B1 = labels_BK[:, column : column + 1]
-    make = probe_direction if kind == "probe" else pattern_direction
     directions = []
     for block in blocks:
         there = features.only([f"blocks.{block}.output"])
         family = probes.probes[dimension].family
         fitted, _ = fit_probes(there, labels_B1, [dimension], split, probes.labeller, kind=family)
-        directions.append(make(fitted.probes[dimension]))
+        directions.append(fitted_direction(fitted.probes[dimension], kind, there, split.train))
     return directions
 
 

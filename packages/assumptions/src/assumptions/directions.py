@@ -3,6 +3,8 @@
 All are made from the same training rows at the same block as the direction they stand beside, and pushed by the same
 alpha (norm-matched: they take over its scales), so that a curve differs in the direction alone.
 
+    bisector       half way between a probe's filter and its pattern: the filter strays where labels are exact and rows
+                   few, the pattern holds all that varies with the score; their errors are unlike and partly cancel
     random         Gaussian, normalised (`assumptions.steering.random_directions`)
     shuffled       the probe's own kind of fit, on the labels of other messages
     means          mean of the rows labelled high less mean of those labelled low: outer 30% each
@@ -24,7 +26,14 @@ from assumptions.families import family
 from assumptions.features import Features
 from assumptions.probes import Probe
 from assumptions.rows import InMemory
-from assumptions.steering import Direction, Kind, unit_vector
+from assumptions.steering import (
+    Direction,
+    Fitted,
+    Kind,
+    pattern_direction,
+    probe_direction,
+    unit_vector,
+)
 from shared.errors import UserError
 
 EXTREME = 0.3
@@ -53,6 +62,19 @@ class Ground:
         """A control of `matched`: another direction under its scales."""
         unit_D = unit_vector(vector_D, f"the {kind} control of {matched.dimension}")
         return replace(matched, name=f"{matched.dimension}.{kind}", kind=kind, unit_D=unit_D)
+
+
+def fitted_direction(probe: Probe, kind: Fitted, features: Features, rows: Sequence[int]) -> Direction:
+    """The probe's own direction, its pattern, or their bisector, scaled by the training `rows` of the features."""
+    if kind != "bisector":
+        return probe_direction(probe) if kind == "probe" else pattern_direction(probe)
+    halves = [
+        unit_vector(vector_D, f"a direction of {probe.dimension}")
+        for vector_D in (probe.weight_D, probe.pattern_D)
+    ]
+    name = f"{probe.dimension}.bisector"
+    ground = Ground.of(features, rows, probe.block)
+    return ground.direction(name, probe.dimension, kind, halves[0] + halves[1])
 
 
 def shuffled_direction(

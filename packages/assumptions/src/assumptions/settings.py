@@ -9,7 +9,7 @@ from assumptions.families import FamilyName
 from assumptions.features import Span
 from assumptions.instruments import instrument
 from assumptions.scoring import Score, check_score
-from assumptions.steering import Scope, Unit
+from assumptions.steering import Fitted, Scope, Unit
 from shared.errors import UserError
 
 
@@ -67,7 +67,7 @@ class SteeringSettings:
     """
 
     dimensions: list[str] = field(default_factory=lambda: ["validation_seeking", "objectivity_seeking"])
-    kind: Literal["probe", "pattern"] = "probe"
+    kind: Fitted = "probe"
     doses: list[float] = field(default_factory=lambda: [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
     unit: Unit = "proj_sd"
     scope: Scope = "all"
@@ -164,7 +164,7 @@ def _check_choices(config: AssumptionProbingConfig) -> None:
         ("score", config.score, get_args(Score)),
         ("span", config.span, get_args(Span)),
         ("judge.kind", config.judge.kind, ("lexical", "local", "server")),
-        ("steering.kind", steering.kind, ("probe", "pattern")),
+        ("steering.kind", steering.kind, get_args(Fitted)),
         ("steering.unit", steering.unit, get_args(Unit)),
         ("steering.scope", steering.scope, get_args(Scope)),
         ("steering.engine", steering.engine, ("hf", "vllm")),

@@ -19,7 +19,13 @@ from assumptions.chats import Chat
 from assumptions.coherence import surprises, textures
 from assumptions.conditions import UNEDITED, Condition, Reply, SteeredEngine, answer, dosed
 from assumptions.control import Trial, best, candidate_blocks, directions_by_block, trial, trial_family
-from assumptions.directions import Ground, means_direction, shuffled_direction, sycophancy_direction
+from assumptions.directions import (
+    Ground,
+    fitted_direction,
+    means_direction,
+    shuffled_direction,
+    sycophancy_direction,
+)
 from assumptions.doses import Curve, Effect, dose_response, effect
 from assumptions.engines import HFEngine, served
 from assumptions.features import Features
@@ -31,7 +37,7 @@ from assumptions.rewording import word_controls
 from assumptions.settings import AssumptionProbingConfig
 from assumptions.sources import moved_outcomes
 from assumptions.splits import Split, row_hash
-from assumptions.steering import Direction, pattern_direction, probe_direction, random_directions
+from assumptions.steering import Direction, random_directions
 from shared.data import read_rows, write_rows
 from shared.errors import UserError
 from shared.generation import Sampling
@@ -131,9 +137,11 @@ def choose_directions(
     """The direction of every steered dimension at the block chosen for it, and what each block tried has shown."""
     settings = study.config.steering
     choice, probes, split = settings.choice, grounds.probes, grounds.split
-    make = probe_direction if settings.kind == "probe" else pattern_direction
     if choice.by == "reading":
-        return {name: make(probes.probes[name]) for name in settings.dimensions}, {}
+        return {
+            name: fitted_direction(probes.probes[name], settings.kind, grounds.features, split.train)
+            for name in settings.dimensions
+        }, {}
     n_layers = study.model.architecture.n_layers
     candidates: dict[str, list[Direction]] = {}
     for name in settings.dimensions:

@@ -25,7 +25,10 @@ from shared.interventions import Add, LowRank
 from shared.tokens import Phase
 
 Unit = Literal["raw", "proj_sd", "resid_norm"]
-Kind = Literal["probe", "pattern", "planted", "means", "shuffled", "sycophancy", "composite", "random"]
+Kind = Literal[
+    "probe", "pattern", "bisector", "planted", "means", "shuffled", "sycophancy", "composite", "random"
+]
+Fitted = Literal["probe", "pattern", "bisector"]  # those that a probe gives
 Scope = Literal["prompt", "generation", "all"]
 PHASES: dict[str, Phase] = {"prompt": Phase.PREFILL, "generation": Phase.DECODE, "all": Phase.ALL}
 

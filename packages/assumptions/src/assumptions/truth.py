@@ -3,7 +3,7 @@
 1. Elicitation: the scores it states, and the expected ones of its digits, against the posterior mean: R2 by dimension.
 2. Steering at the planted block: the true directions, the probes' and the pattern directions, and random ones, all
    pushed by SCALE delta along unit vectors, delta from -0.6 to 0.6. Slopes of the re-elicited scores per unit delta
-   (`closure`), and of what the probes' would be if the labels were expected scores, free of the noise of stated ones;
+   (`closure`); and the probes' and bisectors that labels without the noise of stated ones give, expected scores;
    ideal is the generator's own, below 1 because latents are clipped to [0, 1].
 3. Replies: the probability of every outcome's high form against the rule, and its change under steering against the
    sign of the rule's weight, wherever that is not zero.
@@ -27,14 +27,14 @@ from assumptions.directions import Ground
 from assumptions.forced import forced_scores
 from assumptions.instruments import instrument
 from assumptions.steered import Grounds
-from assumptions.steering import Direction, Kind, random_directions
+from assumptions.steering import Direction, Fitted, random_directions
 from shared.models import Model
 from shared.tinyworld import EMBEDDED, social
 from shared.tinyworld.examiner import Examiner
 
 DELTAS = (-0.6, -0.3, 0.0, 0.3, 0.6)
 RANDOM = 5  # random directions of every dimension
-FITTED = ("ridge", "pattern", "ridge_expected")
+FITTED = ("ridge", "pattern", "ridge_expected", "bisector_expected")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def truth_families(planted: Planted, grounds: Grounds, seed: int = 0) -> dict[st
     }
 
 
-def fitted_directions(planted: Planted, grounds: Grounds, kind: Kind) -> list[Direction]:
+def fitted_directions(planted: Planted, grounds: Grounds, kind: Fitted) -> list[Direction]:
     """The directions that the labels of `grounds` give at the planted block, one a dimension."""
     found = []
     for name in NAMES:
@@ -137,6 +137,7 @@ def truth_of(
     families = truth_families(planted, grounds)
     relabelled = replace(grounds, labels_BK=torch.from_numpy(expected_BK).clamp(0, 1))
     families["ridge_expected"] = fitted_directions(planted, relabelled, "probe")
+    families["bisector_expected"] = fitted_directions(planted, relabelled, "bisector")
     closures = steer_and_ask(model, planted, families, chats[:count], progress)
     return {
         "block": planted.block,
