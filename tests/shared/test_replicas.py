@@ -100,16 +100,33 @@ def test_a_model_that_does_not_load_is_an_error_of_the_constructor(threads):
         VLLMReplicas("missing", 2)
 
 
-def test_a_replica_that_ended_is_named(threads):
+def test_a_replica_that_ended_is_named_and_ends_the_others(threads):
     engine = VLLMReplicas("model", 2)
     thread, connection = engine._children[1]
     here, there = multiprocessing.Pipe()
     there.close()
     engine._children[1] = (thread, here)
     connection.close()
+    thread.join()
     with pytest.raises(UserError, match="replica 1 ended with exit code 1"):
-        engine._receive(1)
-    engine.close()
+        engine.generate([Request("x"), Request("y")], GREEDY)
+    with pytest.raises(UserError, match="closed"):
+        engine.generate([Request("x")], GREEDY)
+
+
+def test_an_interrupted_call_leaves_no_answers_to_the_next_one(threads, monkeypatch):
+    """Ctrl-C in a notebook: the answers that are on their way must not be taken for those of later requests."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    engine = VLLMReplicas("model", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(VLLMReplicas, "_receive", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([Request("x"), Request("y")], GREEDY)
+    with pytest.raises(UserError, match="closed"):
+        engine.generate([Request("other"), Request("requests")], GREEDY)
 
 
 def test_cores_are_shared_out_and_the_environment_is_put_back(threads, monkeypatch):

@@ -23,11 +23,20 @@ from shared.models import ModelConfig
 CLOSE_SECONDS = 20.0
 
 
+class _RequestError(Exception):
+    """A replica could not do what it was asked, and goes on; `told` is what it says."""
+
+    def __init__(self, told: UserError | RuntimeError) -> None:
+        super().__init__(str(told))
+        self.told = told
+
+
 class VLLMReplicas(EngineBase):
     """`replicas` engines of `VLLMGenerator(config, adapters=adapters, **engine)`, started together.
 
     Each gets an equal share of this process's cores, or `tensor_parallel_size` (default 1) of the visible GPUs.
-    UserError when there are too few, when an engine refuses to start, and when one ends before it has answered.
+    UserError when there are too few, when an engine refuses to start, and when one ends before it has answered; an end,
+    or an interruption while they work, closes them all.
     """
 
     def __init__(
@@ -51,45 +60,58 @@ class VLLMReplicas(EngineBase):
                 self._children.append((child, here))
             for number in range(replicas):
                 self._receive(number)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, _RequestError):
+                raise error.told from None
             raise
 
     def _complete(self, draws: list[Draw], sampling: Sampling) -> list[Completion]:
         if not self._children:
             raise UserError("these VLLMReplicas are closed: build new ones")
         n = len(self._children)
-        for number, (_, connection) in enumerate(self._children):
-            connection.send((draws[number::n], sampling))
         answers: list[Any] = [None] * len(draws)
-        errors = []
-        for number in range(
-            n
-        ):  # all are read even if one fails, or the next call would get this call's answers
-            try:
-                answers[number::n] = self._receive(number)
-            except (UserError, RuntimeError) as error:
-                errors.append(error)
+        errors: list[UserError | RuntimeError] = []
+        try:
+            for number in range(n):
+                self._send(number, (draws[number::n], sampling))
+            for number in range(n):  # all are read even if one fails, or the next call would get this one's answers
+                try:
+                    answers[number::n] = self._receive(number)
+                except _RequestError as error:
+                    errors.append(error.told)
+        except BaseException:  # one has ended, or the caller was interrupted: what is on its way answers no later call
+            self.close()
+            raise
         if errors:
             raise errors[0]
         return answers
 
-    def _receive(self, number: int) -> Any:
-        """What replica `number` answers; its UserError, or RuntimeError with its traceback, is raised here."""
-        child, connection = self._children[number]
+    def _send(self, number: int, work: Any) -> None:
         try:
-            answer, error = connection.recv()
+            self._children[number][1].send(work)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._ended(number) from None
+
+    def _receive(self, number: int) -> Any:
+        """What replica `number` answers; _RequestError with its UserError, or RuntimeError with its traceback."""
+        try:
+            answer, error = self._children[number][1].recv()
         except (EOFError, ConnectionResetError):
-            child.join(CLOSE_SECONDS)
-            raise UserError(
-                f"the vLLM process of replica {number} ended with exit code {child.exitcode}; its output says why "
-                "(too little memory for this many replicas, for one)"
-            ) from None
+            raise self._ended(number) from None
         if isinstance(error, UserError):
-            raise error
+            raise _RequestError(error)
         if error is not None:
-            raise RuntimeError(f"the vLLM process of replica {number} failed:\n{error}")
+            raise _RequestError(RuntimeError(f"the vLLM process of replica {number} failed:\n{error}"))
         return answer
+
+    def _ended(self, number: int) -> UserError:
+        child = self._children[number][0]
+        child.join(CLOSE_SECONDS)
+        return UserError(
+            f"the vLLM process of replica {number} ended with exit code {child.exitcode}; its output says why "
+            "(too little memory for this many replicas, for one)"
+        )
 
     def close(self) -> None:
         """End the processes; harmless when repeated."""
