@@ -11,6 +11,7 @@ import torch
 from shared.errors import UserError
 from shared.generation import Completion, Request, Sampling, VLLMReplicas, replicas
 from shared.generation.requests import Draw
+from shared.generation.vllm_arguments import platform_arguments
 
 GREEDY = Sampling(max_tokens=4)
 
@@ -156,3 +157,19 @@ def test_a_draw_can_be_sent_to_another_process():
 
     draw = Draw(Request([{"role": "user", "content": "hello"}], "a", {"type": "object"}, 3), 5)
     assert pickle.loads(pickle.dumps((draw, GREEDY))) == (draw, GREEDY)
+
+
+def test_vllm_asks_for_what_a_model_in_this_process_leaves_of_a_gpu(threads, monkeypatch):
+    """Its default, nearly all of a GPU, must be free when it starts: beside a loaded model it would not start."""
+    assert "gpu_memory_utilization" not in platform_arguments(on_gpu=True)
+    memory = [(70e9, 80e9), (40e9, 80e9)]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: memory[gpu])
+    assert platform_arguments(on_gpu=True)["gpu_memory_utilization"] == pytest.approx(0.45)
+    memory[:] = [(79e9, 80e9)] * 2
+    assert platform_arguments(on_gpu=True)["gpu_memory_utilization"] == 0.9
+    memory[1] = (3e9, 80e9)
+    with pytest.raises(UserError, match="leaves vLLM no GPU memory"):
+        VLLMReplicas("model", 2)
+    assert "gpu_memory_utilization" not in platform_arguments(on_gpu=False)

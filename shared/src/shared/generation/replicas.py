@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 from shared.errors import UserError
 from shared.generation.requests import Completion, Draw, EngineBase, Sampling
+from shared.generation.vllm_arguments import gpu_share
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import ModelConfig
 
@@ -48,6 +49,7 @@ class VLLMReplicas(EngineBase):
         **engine: Any,
     ) -> None:
         shares = environments(replicas, int(engine.get("tensor_parallel_size", 1)))
+        engine = gpu_share() | engine  # asked here: a child does not know what this process holds
         context = get_context("spawn")  # a forked child would inherit torch's threads and CUDA's state
         self._children = []
         try:
@@ -75,12 +77,12 @@ class VLLMReplicas(EngineBase):
         try:
             for number in range(n):
                 self._send(number, (draws[number::n], sampling))
-            for number in range(n):  # all are read even if one fails, or the next call would get this one's answers
+            for number in range(n):  # all, even if one fails: what is not read now is the next call's
                 try:
                     answers[number::n] = self._receive(number)
                 except _RequestError as error:
                     errors.append(error.told)
-        except BaseException:  # one has ended, or the caller was interrupted: what is on its way answers no later call
+        except BaseException:  # one has ended, or the caller was interrupted, and answers are on their way
             self.close()
             raise
         if errors:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM has buffers for
 CPU_KV_CACHE_BYTES = 2**30
 GPU_ADAPTER_SLOTS = 16
+GPU_SHARE, GPU_MARGIN = 0.9, 0.05  # of a GPU's memory; the margin is for vLLM's own context
 
 
 def model_arguments(config: ModelConfig, scratch: Path) -> dict[str, Any]:
@@ -55,11 +56,30 @@ def platform_arguments(on_gpu: bool) -> dict[str, Any]:
         "structured_outputs_config": {"backend": "xgrammar"},
     }
     if on_gpu:
-        return common
+        return common | gpu_share()
     kv_cache = (
         {} if os.environ.get("VLLM_CPU_KVCACHE_SPACE") else {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
     )
     return common | {"enforce_eager": True, "distributed_executor_backend": "uni"} | kv_cache
+
+
+def gpu_share() -> dict[str, Any]:
+    """The share of each GPU that vLLM may take, where this process holds a model there; else vLLM's own default.
+
+    vLLM does not start unless its share is free, and its default is nearly all: beside the Hugging Face model that a
+    study reads, it must ask for less. UserError where nothing is left.
+    """
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return {}
+    memory = [torch.cuda.mem_get_info(gpu) for gpu in range(torch.cuda.device_count())]
+    left = min(free / total for free, total in memory) - GPU_MARGIN
+    if left <= 0:
+        raise UserError(
+            "the model in this process leaves vLLM no GPU memory: load it in bfloat16, or on the CPU"
+        )
+    return {"gpu_memory_utilization": min(GPU_SHARE, left)}
 
 
 def adapter_arguments(folders: Mapping[str, Path], on_gpu: bool) -> dict[str, Any]:
