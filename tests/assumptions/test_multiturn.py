@@ -12,6 +12,7 @@ from assumptions.conversation import ModelUser, ScriptedUser, Turn, converse
 from assumptions.corpora.item import Item
 from assumptions.dimensions import NAMES, SIGNS
 from assumptions.elicitation import Elicitation
+from assumptions.engines import ServedEngine
 from assumptions.expectations import (
     Query,
     Rating,
@@ -32,7 +33,7 @@ from assumptions.spirals import BALANCE, first_to_last, slopes, spirals, turn_ch
 from assumptions.splits import row_hash
 from shared.data import read_rows, write_rows
 from shared.errors import UserError
-from shared.generation import Completion
+from shared.generation import Completion, PartFailedError
 
 
 class Model:
@@ -118,6 +119,35 @@ class TestConversation:
         model = Model(lambda prompt: "nothing to read")
         turns = converse({"a": ScriptedUser(["one", "two"])}, asked, model, model)
         assert [(one.turn, one.reply) for one in turns] == [(1, "")]
+
+    def test_a_row_that_the_engine_refuses_ends_its_conversation_and_no_other(self):
+        """A server's filter refuses the same words for ever: a study of many conversations must get past them."""
+
+        class Filtering(Model):
+            def answers(self, found):
+                told = [
+                    UserError("refused") if "bad" in str(prompt) else one
+                    for prompt, one in zip(self.asked[-len(found) :], found, strict=True)
+                ]
+                if any(isinstance(one, UserError) for one in told):
+                    raise PartFailedError(told)
+                return found
+
+            def generate(self, requests, sampling):
+                return self.answers(super().generate(requests, sampling))
+
+        model = Filtering(lambda prompt: scored(NINE))
+        users = {"a": ScriptedUser(["one", "bad", "three"]), "b": ScriptedUser(["one", "two", "three"])}
+        turns = converse(users, ASK, model, ServedEngine(model))
+        assert [(one.conversation, one.turn, one.status) for one in turns] == [
+            ("a", 1, "clean"), ("b", 1, "clean"), ("a", 2, "failed"), ("b", 2, "clean"), ("b", 3, "clean")
+        ]  # fmt: skip
+        with pytest.raises(
+            UserError, match="refused"
+        ):  # of an engine that refuses everything nothing is learnt
+            converse(
+                {"a": ScriptedUser(["bad"]), "b": ScriptedUser(["bad"])}, ASK, model, ServedEngine(model)
+            )
 
     def test_a_model_plays_the_person_and_changes_its_goal(self):
         user = ModelUser("opening", "You are kind.", "Goal one.", 4, "Goal two.", switch_after=2)

@@ -9,18 +9,19 @@ more, and an empty message in between is an error, never a turn that is passed o
    model answers the plain conversation, under a condition's edits if one is given.
 4. What the next turn sees of this one is `reply_only`: the reply alone, or `full`: all that was written, JSON included.
    They are two instruments and stand in the records. Nothing that failed enters a history: such a conversation ends.
+   So does one of which the engine refuses a row; the others go on.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from assumptions.chats import Chat
 from assumptions.conditions import UNEDITED, Condition, SteeredEngine, chat_seed
 from assumptions.instruments import Elicited, Instrument
 from assumptions.parsing import Status
 from shared.errors import UserError
-from shared.generation import Generator, Request, Sampling
+from shared.generation import Completion, Generator, PartFailedError, Request, Sampling
 from shared.tokens import Message
 
 History = Literal["reply_only", "full"]
@@ -150,8 +151,8 @@ def converse(
             )
             for c in chats
         ]
-        written = [one[0] for one in elicitor.generate(asked, elicit_with)]
-        read = [instrument.parse(one.text) for one in written]
+        written = _texts(elicitor.generate, asked, elicit_with)
+        read = [instrument.parse(text) for text in written]
         replies = _replies(instrument, read, chats, replier, condition, reply_with, seed, turn)
         kept = []
         for one, chat, answer, elicited, reply in zip(going, chats, written, read, replies, strict=True):
@@ -159,7 +160,7 @@ def converse(
             found.append(
                 Turn(one.name, turn, chat.turn, reply, elicited.scores, status, condition.name, history)
             )
-            seen = answer.text if history == "full" else reply
+            seen = answer if history == "full" else reply
             # Where nothing was replied, or what failed would be read again, the conversation ends.
             if not reply.strip() or (history == "full" and elicited.answer.status is Status.FAILED):
                 continue
@@ -175,14 +176,10 @@ def _speak(going: Sequence[_Open], turn: int, speaker: Generator | None) -> tupl
     played = [request for _, request in wanted if isinstance(request, Request)]
     if played and speaker is None:
         raise UserError("a user is played by a model: give `speaker`, the engine that plays it")
-    answers = iter(
-        speaker.generate(played, Sampling(max_tokens=256, temperature=0.7, top_p=0.9, logprobs=None))
-        if speaker is not None and played
-        else []
-    )
+    sampling = Sampling(max_tokens=256, temperature=0.7, top_p=0.9, logprobs=None)
+    answers = iter(_texts(speaker.generate, played, sampling) if speaker is not None and played else [])
     texts = [
-        (one, next(answers)[0].text.strip() if isinstance(request, Request) else request)
-        for one, request in wanted
+        (one, next(answers).strip() if isinstance(request, Request) else request) for one, request in wanted
     ]
     speaking = [(one, text) for one, text in texts if text]
     return [one for one, _ in speaking], [text for _, text in speaking]
@@ -203,4 +200,14 @@ def _replies(
         return [one.sections.get("RESPONSE", "") for one in read]
     requests = [Request(chat.messages, seed=chat_seed(seed, f"{chat.id}/{turn}/reply")) for chat in chats]
     acts = [condition.acts_on(chat) for chat in chats]
-    return [one[0].text for one in replier.complete(condition, requests, acts, sampling)]
+    return _texts(replier.complete, condition, requests, acts, sampling)
+
+
+def _texts(complete: Callable[..., list[list[Completion]]], *asked: Any) -> list[str]:
+    """The first text of every request, "" of one that the engine refused; its error where it refused all of several."""
+    try:
+        return [one[0].text for one in complete(*asked)]
+    except PartFailedError as error:
+        if len(error.answers) > 1 and all(isinstance(one, UserError) for one in error.answers):
+            raise
+        return ["" if isinstance(one, UserError) else one[0].text for one in error.answers]

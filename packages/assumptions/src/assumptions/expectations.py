@@ -49,22 +49,29 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Rating:
-    """One answer, 0 to 100."""
+class RatingRow:
+    """A row of a file of ratings: 0 to 100, or nothing where the participant passed the question over."""
 
     participant: str
     query: str
     addressee: str
     dimension: str
-    rating: float
+    rating: float | None
 
     def __post_init__(self) -> None:
         dimension(self.dimension)
-        if self.addressee not in ADDRESSEES or not 0 <= self.rating <= 100:
+        if self.addressee not in ADDRESSEES or not (self.rating is None or 0 <= self.rating <= 100):
             raise UserError(
                 f"addressee {self.addressee!r} with rating {self.rating!r}: needed are one of {', '.join(ADDRESSEES)} "
-                "and a number from 0 to 100"
+                "and a number from 0 to 100, or no rating"
             )
+
+
+@dataclass(frozen=True)
+class Rating(RatingRow):
+    """One answer, 0 to 100."""
+
+    rating: float
 
 
 def question(query: Query, addressee: Addressee, name: str) -> str:
@@ -110,17 +117,24 @@ def export_survey(path: Path | str, asked: Sequence[Asked]) -> None:
 
 
 def import_ratings(path: Path | str, asked: Sequence[Asked]) -> list[Rating]:
-    """Read ratings (participant, query, addressee, dimension, rating); UserError for one not asked, or twice."""
-    ratings = read_rows(Path(path), Rating, drop_extra=True)
+    """Read ratings (participant, query, addressee, dimension, rating); questions passed over (no rating) are left out.
+
+    UserError for a row that was not asked, or stands twice, and where nothing was answered.
+    """
     wanted = {(one.participant, one.query, one.addressee, one.dimension) for one in asked}
     seen: set[tuple[str, str, str, str]] = set()
-    for row, one in enumerate(ratings, start=1):
+    ratings = []
+    for row, one in enumerate(read_rows(Path(path), RatingRow, drop_extra=True), start=1):
         key = (one.participant, one.query, one.addressee, one.dimension)
         if key not in wanted:
             raise UserError(f"{path}, row {row}: {', '.join(key)} was not asked in this survey")
         if key in seen:
             raise UserError(f"{path}, row {row}: {', '.join(key)} is answered twice")
         seen.add(key)
+        if one.rating is not None:
+            ratings.append(Rating(*key, one.rating))
+    if not ratings:
+        raise UserError(f"{path} holds no rating: none of its questions is answered")
     return ratings
 
 

@@ -7,8 +7,9 @@ With theta_g = s_g^2 / s^2 and V = I + sum_g theta_g Z_g Z_g', the restricted li
     -2 l(theta) = (n - 2) log(y' P y / (n - 2)) + log |V| + log |X' V^-1 X| + constants
 
 and is maximised over log theta (Nelder-Mead). V^-1 and |V| come from the q x q matrix of the group levels (Woodbury,
-T = diag(theta)^-1 + Z'Z), so a survey of a thousand ratings costs no n x n matrix. Intervals of beta_1 are Wald's,
-normal; a balanced design has closed forms, which the tests compare with.
+T = diag(theta)^-1 + Z'Z), whose cross products are taken once: the optimiser never sees the n rows. Intervals of
+beta_1 are Wald's, normal; a balanced design has closed forms, which the tests compare with. Intercepts alone are
+random: where the effect of x differs from query to query, the interval speaks of these queries, not of others.
 """
 
 from collections.abc import Sequence
@@ -51,13 +52,13 @@ def fit_mixed(
         raise UserError(
             "a mixed model needs at least four rows, two values of x and two levels of every grouping"
         )
-    X_N2 = np.column_stack([np.ones(len(y_N)), x_N])
     Z_NQ = np.concatenate(
         [np.equal.outer(np.array(column), np.array(of)) for column, of in zip(groups, levels, strict=True)],
         axis=1,
     ).astype(float)
+    both_N3 = np.column_stack([np.ones(len(y_N)), x_N, y_N])
     sizes = [len(one) for one in levels]
-    problem = _Problem(y_N, X_N2, Z_NQ, sizes)
+    problem = _Problem(both_N3.T @ both_N3, Z_NQ.T @ both_N3, Z_NQ.T @ Z_NQ, sizes, len(y_N))
     start = np.zeros(len(sizes))
     best = minimize(
         problem.deviance,
@@ -81,34 +82,37 @@ def fit_mixed(
 
 @dataclass(frozen=True)
 class _Problem:
-    y_N: Float[ndarray, " N"]
-    X_N2: Float[ndarray, "N 2"]
-    Z_NQ: Float[ndarray, "N Q"]
+    """Cross products of [1 x y] and the indicators Z of the group levels: the likelihood asks no more of the rows."""
+
+    gram_33: Float[ndarray, "3 3"]
+    mixed_Q3: Float[ndarray, "Q 3"]
+    levels_QQ: Float[ndarray, "Q Q"]
     sizes: Sequence[int]
+    rows: int
 
     def theta(self, logs: Float[ndarray, " G"]) -> Float[ndarray, " G"]:
         """Variance ratios from the optimiser's unbounded parameters."""
         return np.asarray(np.maximum(np.exp(np.clip(logs, -40, 40)), SMALLEST))
 
-    def parts(self, theta: Float[ndarray, " G"]) -> tuple[ndarray, ndarray, float]:
-        """[X y]' V^-1 [X y] as a 3 x 3 matrix, V^-1 applied to [X y], and log |V|."""
+    def parts(self, theta: Float[ndarray, " G"]) -> tuple[Float[ndarray, "3 3"], float]:
+        """[1 x y]' V^-1 [1 x y] and log |V|."""
         per_level = np.repeat(theta, self.sizes)
-        inner_QQ = np.diag(1 / per_level) + self.Z_NQ.T @ self.Z_NQ
-        both_N3 = np.column_stack([self.X_N2, self.y_N])
-        solved_N3 = both_N3 - self.Z_NQ @ np.linalg.solve(inner_QQ, self.Z_NQ.T @ both_N3)
-        log_v = float(np.linalg.slogdet(inner_QQ)[1] + np.log(per_level).sum())
-        return both_N3.T @ solved_N3, solved_N3, log_v
+        inner_QQ = np.diag(1 / per_level) + self.levels_QQ
+        within_33 = self.gram_33 - self.mixed_Q3.T @ np.linalg.solve(inner_QQ, self.mixed_Q3)
+        return within_33, float(np.linalg.slogdet(inner_QQ)[1] + np.log(per_level).sum())
 
     def deviance(self, logs: Float[ndarray, " G"]) -> float:
         """-2 times the restricted log-likelihood, up to a constant."""
-        gram_33, _, log_v = self.parts(self.theta(logs))
-        free = len(self.y_N) - 2
-        rest = gram_33[2, 2] - gram_33[2, :2] @ np.linalg.solve(gram_33[:2, :2], gram_33[:2, 2])
-        return float(free * np.log(max(rest, 1e-300) / free) + log_v + np.linalg.slogdet(gram_33[:2, :2])[1])
+        within_33, log_v = self.parts(self.theta(logs))
+        free = self.rows - 2
+        rest = within_33[2, 2] - within_33[2, :2] @ np.linalg.solve(within_33[:2, :2], within_33[:2, 2])
+        return float(
+            free * np.log(max(rest, 1e-300) / free) + log_v + np.linalg.slogdet(within_33[:2, :2])[1]
+        )
 
     def solve(self, theta: Float[ndarray, " G"]) -> tuple[ndarray, ndarray, float]:
         """Beta, its covariance, and the residual variance at these ratios."""
-        gram_33, _, _ = self.parts(theta)
-        beta_2 = np.linalg.solve(gram_33[:2, :2], gram_33[:2, 2])
-        variance = float((gram_33[2, 2] - gram_33[2, :2] @ beta_2) / (len(self.y_N) - 2))
-        return beta_2, np.linalg.inv(gram_33[:2, :2]) * variance, variance
+        within_33, _ = self.parts(theta)
+        beta_2 = np.linalg.solve(within_33[:2, :2], within_33[:2, 2])
+        variance = float((within_33[2, 2] - within_33[2, :2] @ beta_2) / (self.rows - 2))
+        return beta_2, np.linalg.inv(within_33[:2, :2]) * variance, variance

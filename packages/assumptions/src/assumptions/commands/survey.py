@@ -3,9 +3,9 @@
     assumptions survey items queries.csv --participants 20 --out survey.csv
     assumptions survey analyze survey.csv ratings.csv --scores runs/mine/scores.csv --out runs/gap
 
-`items` writes the counterbalanced questions; people answer with a number from 0 to 100 in a column `rating`. `analyze`
-fits the mixed model a dimension and sets the model's elicited scores (`assumptions elicit`, ids those of the queries)
-beside people's: the folder gets metrics.json and report.html.
+`items` writes the counterbalanced questions; people answer with a number from 0 to 100 in a column `rating`, left empty
+where they pass a question over. `analyze` fits the mixed model a dimension and sets the model's elicited scores
+(`assumptions elicit`, ids those of the queries) beside people's: the folder gets metrics.json and report.html.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from shared.serialize import plain
 
     asked = read_rows(arguments.survey, Asked)
-    ratings = import_ratings(arguments.ratings, asked)
     scores = read_scores(arguments.scores) if arguments.scores else {}
+    ratings = import_ratings(arguments.ratings, asked)
     found = gaps(ratings, scores, arguments.seed)
     question = {name: str(getattr(arguments, name)) for name in ("survey", "ratings", "scores")}
     with start_run(arguments.out, {"command": "survey"} | question, arguments.seed) as run:
