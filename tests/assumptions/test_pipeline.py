@@ -285,7 +285,10 @@ def test_a_small_study_and_its_resumption(small_study, monkeypatch):
     names = {f"{d}{r}" for d in ("validation_seeking", "objectivity_seeking") for r in ("", "_random0")}
     assert {"shuffled", "means"} <= set(metrics["control_slopes"]["objectivity_seeking"])
     assert set(metrics["dose_response_rho"]) == set(metrics["dose_response_slope"]) == names
-    assert set(metrics["truth"]["steering"]["true"]["slope"]) == set(NAMES)
+    steered = metrics["truth"]["steering"]
+    assert set(steered["true"]["slope"]) == set(steered["bisector_expected"]["of_true"]) == set(NAMES)
+    assert set(steered["random"]["on_target_largest"]) == set(steered["random"]["any_largest"]) == set(NAMES)
+    assert {one["form"] for one in metrics["form_shift"].values()} == {"raw"}
     assert set(metrics["preservation"]) >= {"none@0", "objectivity_seeking.probe@2"}
     assert set(metrics["closure"]["own"]["slope"]) == {"validation_seeking", "objectivity_seeking"}
     assert 0 <= metrics["json_valid_unguided"] <= 1
