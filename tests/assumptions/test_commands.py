@@ -107,6 +107,21 @@ def test_every_command_has_its_help(capsys):
     assert "--judge-url" in capsys.readouterr().out
 
 
+def test_a_judge_that_grades_nothing_is_told(tmp_path, monkeypatch, capsys):
+    write_json(
+        tmp_path / "study.json", Study(ModelConfig("tinyworld"), AssumptionProbingConfig(), last="probe")
+    )
+    name = "user_rightness"
+    figures = {key: {name: float("nan")} for key in ("dose_response_slope", "dose_response_rho")}
+    figures |= {"slope_over_largest_random": {name: None}, "judged": {name: {"0": 0.25}}}
+    monkeypatch.setattr("assumptions.commands.study.run_pipeline", lambda *_: figures)
+    assert main(["steer", str(tmp_path), "--dimensions", name]) == 0
+    assert f"graded less than half of the unedited replies under {name}" in capsys.readouterr().err
+    figures["judged"][name]["0"] = 0.75
+    assert main(["steer", str(tmp_path), "--dimensions", name]) == 0
+    assert "note:" not in capsys.readouterr().err
+
+
 def test_a_step_that_fails_leaves_the_study_where_it_was(tmp_path, monkeypatch):
     before = Study(ModelConfig("tinyworld"), AssumptionProbingConfig())
     write_json(tmp_path / "study.json", before)

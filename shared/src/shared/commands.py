@@ -1,9 +1,9 @@
 """Console scripts with subcommands, each a module with `add_arguments(parser)` and `main(arguments)`.
 
-Only the module of the subcommand asked for is imported. A module that sets a default for `passed_on` gets there the
-options it does not know; elsewhere they are an error. What is the user's to mend (`shared.errors.told`) ends the
-command with one line on stderr and status 2, an interrupt with status 130; anything else is a defect and keeps its
-traceback.
+Only the module of the subcommand asked for is imported; its docstring is the subcommand's help. A module that sets a
+default for `passed_on` gets there the options it does not know; elsewhere they are an error. What is the user's to mend
+(`shared.errors.told`) ends the command with one line on stderr and status 2, an interrupt with status 130; anything
+else is a defect and keeps its traceback.
 
 `output_file` and `output_folder` are types of options: a place that cannot be written is refused before any work.
 """
@@ -92,6 +92,8 @@ def _parser(program: str, description: str, commands: Commands, chosen: str) -> 
         command = choices.add_parser(name, help=summary, description=summary)
         if name == chosen:
             module = import_module(module_name)
+            command.description = module.__doc__
+            command.formatter_class = argparse.RawDescriptionHelpFormatter
             module.add_arguments(command)
             command.set_defaults(main=module.main)
     return parser

@@ -28,5 +28,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     return run_command(
-        "assumptions", "See what a model assumes about its user, and steer it.", COMMANDS, argv
+        "assumptions",
+        "See what a model assumes about its user, and steer it. A study of own messages is elicit, probe, steer and "
+        "report over one folder, in this order, then monitor. `assumptions COMMAND --help` has options and examples.",
+        COMMANDS,
+        argv,
     )

@@ -27,7 +27,7 @@ from assumptions.commands.engine import add_engine, check_engine, named, open_en
 from assumptions.commands.study import Study, begin
 from assumptions.dimensions import NAMES
 from assumptions.elicitation import ElicitationSettings, check
-from assumptions.instruments import Instrument, instrument
+from assumptions.instruments import INSTRUMENTS, Instrument, instrument
 from assumptions.reliability import Measurement, orders, reliability, retests
 from assumptions.scoring import Score, Scored, check_score, score_chats
 from assumptions.settings import AssumptionProbingConfig, JudgeSettings
@@ -47,13 +47,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=output_folder, required=True, help="folder of the results")
     parser.add_argument(
-        "--column", action="append", default=[], metavar="NAME=COLUMN", help="text=prompt, id=key ..."
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="a column that is called otherwise: text=prompt, id=key, group=user, history=before",
     )
-    parser.add_argument("--instrument", default="nine_scores")
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument(
+        "--instrument",
+        default="nine_scores",
+        help=f"what is asked (default: %(default)s): {', '.join(INSTRUMENTS)}",
+    )
+    parser.add_argument("--samples", type=int, default=1, help="answers a message (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=128, help="answers between two writes to the disk")
     parser.add_argument(

@@ -23,7 +23,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="a folder, a Hugging Face id, tinyworld, or a server's model"
     )
-    parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm")
+    parser.add_argument(
+        "--engine",
+        choices=("vllm", "hf"),
+        default="vllm",
+        help="vllm (default) guides answers by a grammar; hf, Hugging Face in this process, needs --free",
+    )
     parser.add_argument("--replicas", type=int, default=1, help="vLLM processes that share the GPUs or cores")
     parser.add_argument(
         "--server", help="address of an OpenAI-compatible server, ending in /v1, in place of --engine"
@@ -33,7 +38,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=600.0, help="seconds that an answer of the server may take"
     )
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", help="of the weights: float32, bfloat16, ... or auto")
     parser.add_argument("--free", action="store_true", help="no grammar: the answer is read leniently")
 
 

@@ -1,10 +1,13 @@
 """`assumptions steer`: steer replies to a study's test messages along its probes, beside controls, and judge them."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
 from assumptions.settings import Control
+
+LEAST_JUDGED = 0.5  # share of replies below which a slope is not worth much
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +72,13 @@ def main(arguments: argparse.Namespace) -> None:
         for name in steering.dimensions
     }
     print(table(rows))
+    unjudged = [name for name, row in rows.items() if (row["judged at 0"] or 0.0) < LEAST_JUDGED]
+    if unjudged:
+        print(
+            f"note: the judge ({judge.kind}) graded less than half of the unedited replies under "
+            f"{', '.join(unjudged)}, so the slopes mean little: name another with --judge",
+            file=sys.stderr,
+        )
     folder = arguments.study
     print(f"next: assumptions report {folder}; assumptions monitor --study {folder}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from circuits.commands.trace import add_model
+from shared.commands import output_folder
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="rows (JSONL, JSON, CSV) with a column prompt",
     )
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where the scores go, of all processes")
+    add(
+        "--out",
+        type=output_folder,
+        required=True,
+        metavar="FOLDER",
+        help="where the scores go, of all processes",
+    )
     add("--estimator", default="relp", help="how nodes are scored (default: %(default)s)")
     add("--top-k", type=int, default=5, help="how many likely tokens are explained (default: %(default)s)")
     add("--batch-size", type=int, default=8, help="prompts at once (default: %(default)s)")
