@@ -124,6 +124,19 @@ def test_edits_compose_in_order_and_captures_see_them(model):
     assert torch.equal(acts[site], acts["blocks.2.input"])
 
 
+@pytest.mark.parametrize("site", ["blocks.2.output", "final_norm", "logits"])
+def test_the_last_logits_alone_are_those_of_all_columns_under_any_edit(model, site):
+    """Also where the site is behind the place at which transformers leaves the other columns out."""
+    batch = model.encode(["The first text", "another, longer"], padding_side="right")
+    vector = torch.linspace(-1, 1, model.architecture.site_width(site))
+    with torch.no_grad(), edit(model, Add(site, vector, positions=[1, -1])), capture(model, [site]) as acts:
+        logits_BTV = model(batch)
+        seen_BTX = acts[site]
+        few_BSV = model(batch, 3)
+        assert torch.equal(acts[site], seen_BTX)
+    torch.testing.assert_close(few_BSV, logits_BTV[:, -3:])
+
+
 def test_embed_and_the_first_input_are_one_place(model):
     batch = model.encode(["abc"])
     with torch.no_grad(), capture(model, ["embed", "blocks.0.input"]) as acts:

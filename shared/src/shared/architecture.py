@@ -60,6 +60,7 @@ BLOCK_SITES = (
     "output",
 )
 NEURON_SITES = ("gate", "up", "neurons")
+READ_OUT_SITES = ("final_norm", "logits")  # behind the last block
 _SITE = re.compile(r"^blocks\.(\d+)\.(\w+)$")
 
 
@@ -148,7 +149,7 @@ class Architecture:
         """All site names in execution order, or only those of one kind (`sites("neurons")`)."""
         layers = range(self.n_layers)
         names = [f"blocks.{layer}.{kind}" for layer in layers for kind in self.block_sites(layer)]
-        names = ["embed", *names, "final_norm", "logits"]
+        names = ["embed", *names, *READ_OUT_SITES]
         if name is None:
             return names
         chosen = [site for site in names if site.rpartition(".")[2] == name]

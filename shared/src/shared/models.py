@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.architecture import Architecture
+from shared.architecture import READ_OUT_SITES, Architecture
 from shared.errors import UserError
 from shared.hooks import ActiveHooks, forward_inputs, run
 from shared.tokens import History, Message, TokenBatch, encode_rows
@@ -98,8 +98,11 @@ class Model:
         """Logits of every token, or of the `last` columns alone; gradients as the caller has set them."""
         batch = batch.to(self.device)
         self.active.begin()
-        kept = {} if last is None else {"logits_to_keep": last}
-        return run(self, batch, **forward_inputs(batch), **kept).logits
+        # Edits and captures behind the last block are of all columns.
+        whole = last is None or not self.active.sites().isdisjoint(READ_OUT_SITES)
+        kept = {} if whole else {"logits_to_keep": last}
+        logits_BTV = run(self, batch, **forward_inputs(batch), **kept).logits
+        return logits_BTV if last is None else logits_BTV[:, -last:]
 
     def generate(
         self,
