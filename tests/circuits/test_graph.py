@@ -7,12 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import validate
 
+from circuits.attribution import pose
 from circuits.edges import Neurons, direct_effects
+from circuits.export import SCHEMA, neuronpedia, write_neuronpedia
 from circuits.graph import EMBEDDING, KINDS, LOGIT, NEURON, GraphError, load_graph
-from circuits.metric import MetricError
+from circuits.metric import MetricError, direction, top_logits
 from circuits.prune import influence, influence_keep, select_edges, select_nodes
 from circuits.tracing import trace, trace_problem
+from circuits.view import page_data
+from shared.tokens import pad
 
 PROMPT = "the </script> cat"
 
@@ -162,16 +167,42 @@ def test_influence_is_the_sum_over_paths():
         influence(weights, omega, max_steps=50)
 
 
+def test_a_prompt_that_needs_fewer_targets_than_another_has_only_its_own(llama):
+    batch = pad([[1, 40, 77, 9], [1, 90, 13, 55]], [4, 4], 0)
+    with torch.no_grad():
+        first_B = llama(batch)[:, -1].softmax(-1).amax(-1)
+    mass = float(first_B.mean())  # one token has it in one of the rows, and not in the other
+    problem = pose(llama, batch, lambda logits, at: top_logits(logits, at, 10, mass=mass))
+    graphs = [trace_problem(problem, row, threshold=0.2, max_nodes=10**6) for row in (0, 1)]
+    assert len({len(graph.header.targets) for graph in graphs}) == 2
+    for graph, ids in zip(graphs, problem.metric.tokens, strict=True):
+        assert tuple(graph.header.target_ids) == ids
+        assert graph.total_nK.shape[1] == len(ids) == int((graph.kind_n == LOGIT).sum())
+        assert graph.closure_error() < 1e-10
+        share_nK = (
+            graph.total_nK[graph.kind_n == NEURON].abs() / torch.tensor(graph.header.target_values).abs()
+        )
+        assert (share_nK.amax(1) >= 0.2).all()  # an empty target would let every neuron pass
+
+
+@pytest.mark.parametrize("names", [None, ["along"]])
+def test_a_direction_has_a_graph_without_vocabulary(llama, tmp_path, names):
+    vector_1D = torch.randn(1, llama.architecture.width, generator=torch.Generator().manual_seed(2))
+    batch = pad([[1, 40, 77, 9]], [4], 0)
+    problem = pose(llama, batch, lambda logits, at: direction(vector_1D.double(), at, "blocks.1.output"))
+    graph = load_graph(trace_problem(problem, 0, names, max_nodes=20).save(tmp_path))
+    assert graph.closure_error() < 1e-10
+    assert graph.header.targets == (names or ["direction at blocks.1.output 0"])
+    validate(neuronpedia(graph), SCHEMA)
+    assert "cannot be read off the logits" in page_data(graph)["refusal"]
+
+
 def test_answers_come_in_pairs(llama):
     with pytest.raises(MetricError, match="both answer and wrong"):
         trace(llama, "x", answer="a")
 
 
 def test_export_fits_the_published_schema(graph, tmp_path):
-    from jsonschema import validate
-
-    from circuits.export import SCHEMA, write_neuronpedia
-
     content = json.loads(write_neuronpedia(graph, tmp_path / "graph.json").read_text())
     validate(content, SCHEMA)
     ids = [node["node_id"] for node in content["nodes"]]

@@ -124,10 +124,10 @@ def outcomes(model: "Model", graph: Graph, cases: Sequence[tuple[Sequence[int], 
 def refusal(graph: Graph) -> str | None:
     """Return why no node of a graph can be scaled in a model (None: they can)."""
     header = graph.header
-    if "combined" in header.settings or min((*header.token_ids, *header.target_ids), default=0) < 0:
-        return "the graph combines several prompts or targets, so there is no one run of it to change"
     if header.metric not in TARGETS:
         return f"targets of the kind {header.metric!r} cannot be read off the logits again"
+    if "combined" in header.settings or min((*header.token_ids, *header.target_ids), default=0) < 0:
+        return "the graph combines several prompts or targets, so there is no one run of it to change"
     return None
 
 
@@ -214,7 +214,8 @@ def _scales(graph: Graph, entries: Sequence[tuple[int, int, float]]) -> list[Sca
             *(one for one in entries if int(graph.layer_n[one[1]]) == layer), strict=True
         )
         at_n = list(nodes)
-        entries_3n = torch.stack([torch.tensor(rows), graph.position_n[at_n], graph.index_n[at_n]])
+        columns = (list(rows), graph.position_n[at_n].tolist(), graph.index_n[at_n].tolist())
+        entries_3n = torch.tensor(columns)
         factors_n = torch.tensor(factors, dtype=torch.float64)
         edits.append(ScaleEntries(f"blocks.{layer}.neurons", entries_3n=entries_3n, factors_n=factors_n))
     return edits

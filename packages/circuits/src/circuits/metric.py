@@ -69,6 +69,11 @@ class Metric:
             tokens=self.tokens[index : index + 1],
         )
 
+    def needed(self) -> "Metric":
+        """Return the metric of one example without the empty targets that another example's number gave it."""
+        named = slice(len(self.tokens[0]) or None)  # directions have no tokens
+        return replace(self, weights_BKV=self.weights_BKV[:, named], positions_BK=self.positions_BK[:, named])
+
     def repeated(self, index: int, times: int) -> "Metric":
         """Return the metric of one example, `times` over."""
         return replace(

@@ -97,7 +97,7 @@ def trace_problem(
     """Return the graph of one example of a posed problem (its own prompt, zero reference)."""
     network = problem.network.row(row)
     keep_S = problem.network.real_BT[row].nonzero()[:, 0]
-    metric = problem.metric.row(row, keep_S)
+    metric = problem.metric.row(row, keep_S).needed()
     relevance = relp(network, metric)
     _check_conservation(problem, relevance)
     acts_LTN = torch.stack(network.neurons, dim=1)[0]
@@ -258,17 +258,18 @@ def _header(
     real_T = network.real_BT[row]
     token_ids = network.input_ids_BT[row][real_T].tolist()
     probabilities_V = metric.gather(network.logits_BTV[row : row + 1][:, real_T])[0, 0].softmax(-1)
-    target_ids = list(metric.tokens[0])
-    names = target_names or [model.tokenizer.decode([token]) for token in target_ids]
+    tokens = list(metric.tokens[0])  # directions have none
+    unnamed = [f"{metric.name} {number}" for number in range(metric.positions_BK.shape[1])]
+    names = target_names or [model.tokenizer.decode([token]) for token in tokens] or unnamed
     return Header(
         prompt=model.tokenizer.decode(token_ids, skip_special_tokens=True),
         tokens=[model.tokenizer.decode([token]) for token in token_ids],
         token_ids=token_ids,
         targets=list(names),
-        target_ids=target_ids,
+        target_ids=tokens or [-1] * len(unnamed),
         foil_ids=metric.weights_BKV[0].argmin(-1).tolist() if metric.name == "logit difference" else [],
         target_values=relevance.ledger.value_BK[0].tolist(),
-        target_probabilities=probabilities_V[target_ids].tolist(),
+        target_probabilities=probabilities_V[tokens].tolist() or [0.0] * len(unnamed),
         metric=metric.name,
         model=model.config.name,
         fingerprint=model.fingerprint,
