@@ -162,6 +162,20 @@ def test_a_resumed_run_whose_pairs_changed_is_done_anew(pairs, tmp_path):
     assert load_graph(tmp_path / "run" / folder.name).header.targets == ["z over w"]
 
 
+def test_edges_are_made_anew_where_other_training_pairs_choose_the_neurons(pairs, tmp_path):
+    """Also where the pairs that rank and judge edges, the first ones, are the same."""
+    model, config = load(ModelConfig("random:llama")), CircuitTracingConfig(tasks=[str(pairs)], **CONFIG)
+    halves = draw(model, find_task(str(pairs)), {"train": 8, "test": 6}).parts
+    with start_run(tmp_path / "run", config) as run:
+        for count in (8, config.edge_pairs):
+            study = make_study(model, "letters", halves["train"][:count], halves["test"])
+            pipeline_stages.edge_stage(
+                study, mean_scores(pose_pairs(study, study.train), "relp"), config, run
+            )
+    for made in ("edges_letters", *(f"edge_curve_letters_{name}" for name in config.edge_estimators)):
+        assert len(list((tmp_path / "run").glob(f"{made}-*"))) == 2
+
+
 def test_no_prompt_answered_rightly_is_said(tmp_path):
     model = load(ModelConfig("random:llama"))
     x, y = (model.tokenizer.encode(word, add_special_tokens=False)[0] for word in "xy")

@@ -70,19 +70,21 @@ def edge_stage(
     from safetensors.torch import load_file, save_file
 
     neurons = Neurons.from_mask(top_nodes(scores_LTN, config.ablate))
+    settings = (config.reference, config.ablate, config.edge_pairs)
+    ranking_key = inputs_hash(study, *settings, config.edge_estimators)  # all pairs choose the neurons
+    curve_key = inputs_hash(study, *settings, config.edge_sizes)
     study = first_pairs(study, config.edge_pairs)
-    key = inputs_hash(study, config.reference, config.ablate, config.edge_estimators)
-    stage = run.stage(f"edges_{study.name}-{key}.safetensors")
+    stage = run.stage(f"edges_{study.name}-{ranking_key}.safetensors")
     if not stage.done:
         problem = pose_pairs(study, study.train)
         ranked = {name: edge_scores(problem, neurons, name, run.seed) for name in config.edge_estimators}
         with stage as path:
             save_file({name: scores.contiguous().cpu() for name, scores in ranked.items()}, path)
-    key = inputs_hash(study, config.reference, config.ablate, config.edge_sizes)
     points = {}
     for name, scores_Sn in load_file(stage.path).items():
+        scores_Sn = scores_Sn.to(scores_LTN.device)
         values = partial(held_out_edge_curve, study, neurons, scores_Sn, config.edge_sizes)
-        rows = run.json_stage(f"edge_curve_{study.name}_{name}-{key}.json", values)
+        rows = run.json_stage(f"edge_curve_{study.name}_{name}-{curve_key}.json", values)
         points[name] = [_curve_point(row) for row in rows]
     return points
 
