@@ -59,6 +59,11 @@ def test_the_users_path_in_five_commands(place, capsys):
     page = (place / "page.html").read_text()
     assert "What steering does" in page
     assert "What it states when steered" in page
+    assert (
+        "What speaks against steering these dimensions" in page
+    )  # 60 training messages hold too few extremes
+    assert "is the steepest beside 1 random ones 50% of the time" in page
+    assert "through the score that is then stated" in page
     assert "<script src" not in page
 
     figures = read_json(place / "study" / "metrics.json")

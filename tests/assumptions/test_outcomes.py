@@ -24,6 +24,7 @@ from assumptions.outcomes import (
 from assumptions.settings import JudgeSettings
 from shared.errors import UserError
 from shared.generation import Completion
+from shared.models import load
 from shared.runs import start_run
 from shared.tinyworld import social
 
@@ -187,7 +188,7 @@ def test_the_key_of_a_judge_on_a_server_is_read_when_it_is_asked_first(tmp_path,
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     settings = JudgeSettings("server", "http://127.0.0.1:1/v1", "grader")
     with start_run(tmp_path / "run", {"judge": settings}, seed=0) as run:
-        judge = judging(settings, run)
+        judge = judging(settings, run, load("random:llama"))
         monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
         monkeypatch.setattr(judges, "OpenAIGenerator", lambda url, model: Keyed())
         judge([Exchange("hi", "hello")])
@@ -195,6 +196,15 @@ def test_the_key_of_a_judge_on_a_server_is_read_when_it_is_asked_first(tmp_path,
     written = [path.read_text() for path in (tmp_path / "run").rglob("*.json*")]
     assert written
     assert not any("sk-of-this-test" in text for text in written)
+
+
+def test_a_model_that_judges_itself_is_not_loaded_twice(monkeypatch):
+    """A second copy of eight billion weights does not fit beside the first."""
+    model = load("random:llama")
+    monkeypatch.setattr("shared.generation.hf.load", lambda config: pytest.fail(f"{config} was loaded again"))
+    assert judges.start_judge(JudgeSettings("local", model="random:llama"), model).model is model
+    with pytest.raises(pytest.fail.Exception, match="another was loaded"):
+        judges.start_judge(JudgeSettings("local", model="another"), model)
 
 
 seen: list[str] = []

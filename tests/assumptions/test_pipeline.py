@@ -358,7 +358,7 @@ def test_edited_messages_are_steered_anew_under_the_same_probes(tmp_path, model)
     texts = []
     for chats in (held, edited):
         with start_run(tmp_path / "run", {}, seed=0) as run:
-            study = Steering(config, run.use_model(model), judging(config.judge, run), run)
+            study = Steering(config, run.use_model(model), judging(config.judge, run, model), run)
             direction = probe_direction(probes.probes["user_rightness"])
             family = [direction, *random_directions(direction, 1)]
             tested = dose_test(study, {"user_rightness": family}, chats, steering.doses)

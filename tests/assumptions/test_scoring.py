@@ -121,7 +121,7 @@ def test_scores_under_edits_are_of_the_same_kind(monkeypatch, tmp_path):
     )
     stranger = load(ModelConfig("random:llama"))
     with start_run(tmp_path / "run", {}, 0) as run:
-        study = Steering(config, stranger, judging(config.judge, run), run)
+        study = Steering(config, stranger, judging(config.judge, run, stranger), run)
         assert scores_under(study, [Chat("a", "hi")])(()).shape == (1, 9)
     assert asked == [("expected", False)]
 

@@ -30,13 +30,17 @@ from assumptions.elicitation import ElicitationSettings, check
 from assumptions.instruments import INSTRUMENTS, Instrument, instrument
 from assumptions.reliability import Measurement, orders, reliability, retests
 from assumptions.scoring import Score, Scored, check_score, score_chats
-from assumptions.settings import AssumptionProbingConfig, JudgeSettings
+from assumptions.settings import AssumptionProbingConfig, JudgeSettings, SteeringSettings
 from shared.commands import output_folder
 from shared.data import write_csv
 from shared.errors import UserError
 from shared.loading import load_tokenizer
 from shared.models import Model, ModelConfig
 from shared.serialize import write_json
+from shared.tinyworld import EMBEDDED
+
+# Replies of a study, as the paper samples them: the pipeline's own settings are the embedded world's short ones.
+REPLIES = SteeringSettings(max_tokens=400, temperature=0.7, top_p=0.9)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +157,7 @@ def _study(
         replicas=arguments.replicas,
         score=score,
         elicitation=settings,
+        steering=SteeringSettings() if arguments.model in EMBEDDED else REPLIES,
         judge=JudgeSettings("local", model=arguments.model),
     )
     return Study(model.config, config, arguments.seed)

@@ -21,8 +21,11 @@ from shared.runs import Run
 Judging: TypeAlias = Callable[[Sequence[Exchange]], list[Judgement]]
 
 
-def judging(settings: JudgeSettings, run: Run) -> Judging:
-    """The judge that the settings name; a model's grades are kept, and asked for again only where none was read."""
+def judging(settings: JudgeSettings, run: Run, model: Model) -> Judging:
+    """The judge that the settings name; a model's grades are kept, and asked for again only where none was read.
+
+    `model` is the one that is studied: it judges itself without a second copy in memory.
+    """
     if settings.kind == "lexical":
         return LexicalJudge().judge
 
@@ -31,11 +34,13 @@ def judging(settings: JudgeSettings, run: Run) -> Judging:
         return ModelJudge(engine, name, settings.repeats, settings.temperature, run.seed)
 
     def judge(exchanges: Sequence[Exchange]) -> list[Judgement]:
-        with closing(OnDemand(lambda: start_judge(settings))) as engine:
+        with closing(OnDemand(lambda: start_judge(settings, model))) as engine:
             return grade(judge_on(engine), exchanges, path)
 
     # Once for the study: without resuming, this removes a former run's grades.
-    path = answers_path(run, "judgements", judge_header(judge_on(OnDemand(lambda: start_judge(settings)))))
+    path = answers_path(
+        run, "judgements", judge_header(judge_on(OnDemand(lambda: start_judge(settings, model))))
+    )
     return judge
 
 
@@ -53,8 +58,8 @@ def check_judge(settings: JudgeSettings, model: Model) -> None:
         )
 
 
-def start_judge(settings: JudgeSettings) -> Generator:
+def start_judge(settings: JudgeSettings, model: Model) -> Generator:
     """The engine that judges."""
     if settings.kind == "local":
-        return HFGenerator(settings.model)
+        return HFGenerator(model if settings.model == model.config.name else settings.model)
     return OpenAIGenerator(settings.url, settings.model)

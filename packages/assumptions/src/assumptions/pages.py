@@ -21,6 +21,7 @@ from assumptions.doses import UNEDITED, Curve, Effect, Reply
 from assumptions.evaluation import ProbeScore
 from assumptions.features import Span
 from assumptions.instruments import Instrument
+from assumptions.mediation import Mediation
 from assumptions.scoring import Score, Scored, Scoring
 from assumptions.settings import ChoiceSettings
 from assumptions.sources import Messages
@@ -139,9 +140,15 @@ def add_choice(
     trials: Mapping[str, Sequence[Trial]],
     chosen: Mapping[str, Direction],
     settings: ChoiceSettings,
+    doubts: Mapping[str, Sequence[str]],
 ) -> None:
-    """Why each direction is steered at its block: slope, controls and coherence of every block tried."""
+    """Why each direction is steered at its block, from every block tried; before it what speaks against steering it."""
     report.text("# Where steering takes hold\n\n" + _how_chosen(settings))
+    against = [{"dimension": name, "doubt": one} for name, some in doubts.items() for one in some]
+    if against:
+        report.table(
+            against, "What speaks against steering these dimensions at all: below it a direction is noise"
+        )
     rows = [
         {
             "dimension": name,
@@ -193,7 +200,7 @@ def add_steering(
         f"on sycophancy: {signs}. Every message keeps its random numbers at all doses; {messages} messages; bands "
         "and bars are 95% bootstrap intervals over messages; all controls have the same block and the same norm. "
         "Scores run from 1 to 5, the mean of the outcomes that the dimension should move. A dose without a judged "
-        "reply has no mean (nan) and enters neither rho nor slope."
+        f"reply has no mean (nan) and enters neither rho nor slope. {_by_chance(curves)}"
     )
     report.figure(
         dose_chart(curves, unit, outcomes),
@@ -206,6 +213,17 @@ def add_steering(
         report.table(_examples(lines[0], replies), f"One message under {name}")
     report.table(
         [{"dimension": d.name, "sign": d.sign, "meaning": d.meaning} for d in DIMENSIONS], "Dimensions"
+    )
+
+
+def _by_chance(curves: Mapping[str, Sequence[Curve]]) -> str:
+    """How much a comparison with so many random directions can say."""
+    count = min(sum(line.kind == "random" for line in lines) for lines in curves.values())
+    if not count:
+        return "No random direction stands beside them: nothing says what a push without meaning does."
+    return (
+        f"A direction without meaning is the steepest beside {count} random ones {1 / (count + 1):.0%} of the time; "
+        f"{len(curves)} directions were tried."
     )
 
 
@@ -231,8 +249,8 @@ def add_costs(report: Report, tested: Steered) -> None:
     report.table(rows, "Side effects by condition@dose")
 
 
-def add_closure(report: Report, closure: Closure) -> None:
-    """What the model states once it is steered: every stated score under every direction."""
+def add_closure(report: Report, closure: Closure, mediated: Mapping[str, Mediation | str]) -> None:
+    """What the model states once it is steered, and how much of the effect on sycophancy that carries."""
     report.text(
         "# What it states when steered\n\nThe same messages, asked again under every dose of every direction and of a "
         f"random one beside each. Slope of the mean stated score on the dose, {closure.scores_CMBK.shape[2]} messages: "
@@ -255,6 +273,20 @@ def add_closure(report: Report, closure: Closure) -> None:
         ],
         "Causal closure",
     )
+    report.table(
+        [{"direction": name} | _mediation_row(one) for name, one in mediated.items()],
+        "Of the effect on judged sycophancy a dose: through the score that is then stated (indirect), and past it",
+    )
+
+
+def _mediation_row(one: Mediation | str) -> dict[str, Any]:
+    if isinstance(one, str):
+        return {"why not": one}
+    shown = {"total": one.total, "indirect": one.indirect, "share": one.share}
+    ends = {
+        f"{name} {end}": getattr(interval, end) for name, interval in shown.items() for end in ("low", "high")
+    }
+    return {name: interval.estimate for name, interval in shown.items()} | ends | {"messages": one.messages}
 
 
 def _word_row(one: Effect) -> dict[str, Any]:

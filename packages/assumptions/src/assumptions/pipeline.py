@@ -112,7 +112,7 @@ def run(
     if last == "probe":
         return metrics
 
-    study = Steering(config, model, judging(config.judge, run), run)
+    study = Steering(config, model, judging(config.judge, run, model), run)
     metrics |= steer_and_judge(study, grounds)
     if config.data == "tinyworld" and model_config.name in EMBEDDED:
         assert messages.posterior_BK is not None
@@ -142,7 +142,7 @@ def steer_and_judge(study: Steering, grounds: Grounds) -> dict[str, Any]:
     metrics: dict[str, Any] = {"control": control_metrics(trials, directions, grounds.probes)}
     probes, train = grounds.probes.probes, grounds.split.train
     metrics["doubts"] = {name: doubts(probes[name], grounds.labels(name, train)) for name in directions}
-    add_choice(run.report, trials, directions, config.steering.choice)
+    add_choice(run.report, trials, directions, config.steering.choice, metrics["doubts"])
     doses, ranges = find_doses(study, grounds, directions)
     of_name, missing = families(study, grounds, directions)
     held = [grounds.chats[i] for i in grounds.split.test][: config.steering.messages]
@@ -158,7 +158,7 @@ def steer_and_judge(study: Steering, grounds: Grounds) -> dict[str, Any]:
     add_steering(run.report, steered.curves, steered.replies, outcomes, config.steering.unit, len(held))
     add_costs(run.report, steered)
     if config.again:
-        add_closure(run.report, closure)
+        add_closure(run.report, closure, mediated)
     return metrics
 
 

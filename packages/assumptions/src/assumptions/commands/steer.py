@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from assumptions.settings import Control
+from assumptions.steering import Scope
 
 LEAST_JUDGED = 0.5  # share of replies below which a slope is not worth much
 
@@ -14,7 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `assumptions steer`."""
     parser.add_argument("study", type=Path, help="folder that `assumptions probe` has gone on with")
     parser.add_argument("--dimensions", nargs="+", help="default: validation_seeking objectivity_seeking")
-    parser.add_argument("--doses", nargs="+", type=float, help="in SD of the projection, 0 among them")
+    parser.add_argument(
+        "--doses",
+        nargs="*",
+        type=float,
+        help="in SD of the projection, 0 among them; without any the range in which replies stay coherent is searched",
+    )
+    parser.add_argument("--scope", choices=get_args(Scope), help="tokens that are steered; default: all")
     parser.add_argument("--random", type=int, help="random directions beside each")
     parser.add_argument(
         "--controls",
@@ -29,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--messages", type=int, help="test messages answered at every dose")
     parser.add_argument("--again", type=int, help="test messages elicited again at every dose; 0 for none")
-    parser.add_argument("--max-tokens", type=int, help="of a reply")
+    parser.add_argument("--max-tokens", type=int, help="of a reply; default: 400")
     parser.add_argument("--engine", choices=("hf", "vllm"), help="vllm serves the directions as adapters")
     parser.add_argument(
         "--judge",
@@ -48,7 +55,7 @@ def main(arguments: argparse.Namespace) -> None:
     from assumptions.commands.study import advance, load_study, table
 
     study = load_study(arguments.study)
-    names = ("dimensions", "doses", "random", "controls", "messages", "max_tokens", "engine")
+    names = ("dimensions", "doses", "scope", "random", "controls", "messages", "max_tokens", "engine")
     steering = replace(study.settings.steering, **given(arguments, names))
     if arguments.block is not None:
         steering = replace(steering, choice=replace(steering.choice, by=arguments.block))
@@ -79,6 +86,9 @@ def main(arguments: argparse.Namespace) -> None:
             f"{', '.join(unjudged)}, so the slopes mean little: name another with --judge",
             file=sys.stderr,
         )
+    for name, against in figures["doubts"].items():
+        for one in against:
+            print(f"note: {name}: {one}", file=sys.stderr)
     folder = arguments.study
     print(f"next: assumptions report {folder}; assumptions monitor --study {folder}")
 
