@@ -118,13 +118,21 @@ def test_a_judge_that_grades_nothing_is_told(tmp_path, monkeypatch, capsys):
     )
     name = "user_rightness"
     figures = {key: {name: float("nan")} for key in ("dose_response_slope", "dose_response_rho")}
-    figures |= {"slope_over_largest_random": {name: None}, "judged": {name: {"0": 0.25}}}
+    figures |= {
+        "slope_over_largest_random": {name: None},
+        "judged": {name: {"0": 0.25}},
+        "doubts": {name: []},
+    }
     monkeypatch.setattr("assumptions.commands.study.run_pipeline", lambda *_: figures)
     assert main(["steer", str(tmp_path), "--dimensions", name]) == 0
     assert f"graded less than half of the unedited replies under {name}" in capsys.readouterr().err
     figures["judged"][name]["0"] = 0.75
     assert main(["steer", str(tmp_path), "--dimensions", name]) == 0
     assert "note:" not in capsys.readouterr().err
+    figures["doubts"][name] = ["labels have SD 0.01"]
+    assert main(["steer", str(tmp_path), "--dimensions", name, "--doses"]) == 0
+    assert f"note: {name}: labels have SD 0.01" in capsys.readouterr().err
+    assert load_study(tmp_path).settings.steering.doses == []  # to be searched
 
 
 def test_a_step_that_fails_leaves_the_study_where_it_was(tmp_path, monkeypatch):
