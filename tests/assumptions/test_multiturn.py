@@ -191,6 +191,22 @@ class TestSwitch:
         life = math.log(0.5) / math.log(rate)
         assert found.half_life == (pytest.approx(life) if life <= 7 else math.inf)
 
+    def test_conversations_that_begin_near_the_target_do_not_rule_stickiness(self):
+        """Three tenths of the distance are left; the mean of the ratios would be 0.9 for one conversation's sake."""
+        pre = [0.8, 0.8, 0.8, 0.26]
+        scores = {str(i): np.array([one, 0.2 + 0.3 * np.mean(pre) - 0.06]) for i, one in enumerate(pre)}
+        found = summarise(scores, after=1, target=0.2)
+        assert found.stickiness.estimate == pytest.approx(0.3)
+        assert np.mean([switch(one, 1, 0.2).stickiness for one in scores.values()]) > 0.6
+        assert math.isnan(summarise(scores, after=1, target=float(np.mean(pre))).stickiness.estimate)
+
+    def test_one_conversation_has_no_interval(self):
+        """Resampling one says that nothing varies: an interval of no width would claim certainty."""
+        found = summarise({"a": self.planted(0.5)}, after=5, target=0.2)
+        assert found.stickiness.estimate == pytest.approx(0.5**7)
+        for one in (found.pre, found.stickiness, drifts({"a": self.planted(0.5)})):
+            assert np.isnan([one.low, one.high]).all()
+
     def test_limits(self):
         assert switch(self.planted(1.0), 5, 0.2).stickiness == pytest.approx(1.0)
         assert switch(self.planted(0.0), 5, 0.2).stickiness == pytest.approx(0.0)

@@ -10,6 +10,7 @@
    at a time. Gap = the model's elicited score less people's mean rating for an assistant, by dimension.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,4 +195,6 @@ def _model_gap(
         for query, given in people.items()
         if name in scores.get(query, {})
     ]
-    return bootstrap_interval(differences, seed=seed) if differences else None
+    if len(differences) < 2:
+        return Interval(differences[0], math.nan, math.nan) if differences else None
+    return bootstrap_interval(differences, seed=seed)

@@ -12,7 +12,9 @@ with the new goal hold from the beginning:
                  decay gives lambda back
     drift        least-squares slope on the turn, where nothing was switched
 
-Means are over conversations, and so is the bootstrap: the conversation, not the turn, is the unit.
+Means are over conversations, and so is the bootstrap: the conversation, not the turn, is the unit. Stickiness of many
+is their mean residual over their mean distance: a mean of ratios would hang on those that begin near the target.
+Intervals take the target as known; one conversation has none.
 """
 
 import math
@@ -121,7 +123,7 @@ class SwitchSummary:
     pre: Interval
     jump: Interval
     residual: Interval  # at the last turn
-    stickiness: Interval
+    stickiness: Interval  # mean residual over mean distance
     half_life_median: float
 
 
@@ -137,7 +139,7 @@ def summarise(
         _interval([one.pre for one in found], seed),
         _interval([one.jump for one in found], seed),
         _interval([one.residual[-1] for one in found], seed),
-        _interval([one.stickiness for one in found], seed),
+        _stickiness(np.array([(one.residual[-1], one.pre - target) for one in found]), seed),
         float(np.median(lives)) if lives else math.nan,
     )
 
@@ -160,7 +162,21 @@ def _known(values: Sequence[float]) -> list[float]:
 
 def _interval(values: Sequence[float], seed: int) -> Interval:
     known = _known(values)
-    return bootstrap_interval(known, seed=seed) if known else UNKNOWN
+    if len(known) < 2:
+        return Interval(known[0], math.nan, math.nan) if known else UNKNOWN
+    return bootstrap_interval(known, seed=seed)
+
+
+def _stickiness(pairs_C2: Float[ndarray, "C 2"], seed: int) -> Interval:
+    """Mean residual over mean distance of conversations that know both; nan where the distance is next to nothing."""
+    residual_C, distance_C = pairs_C2[np.isfinite(pairs_C2).all(1)].T
+    if not len(distance_C) or abs(distance_C.mean()) < LEAST:
+        return UNKNOWN
+    if len(distance_C) < 2:
+        return Interval(float(residual_C[0] / distance_C[0]), math.nan, math.nan)
+    return bootstrap_interval(
+        residual_C, distance_C, statistic=lambda left, whole: left.mean(-1) / whole.mean(-1), seed=seed
+    )
 
 
 @dataclass(frozen=True)

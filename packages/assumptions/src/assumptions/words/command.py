@@ -45,7 +45,9 @@ def main(arguments: argparse.Namespace) -> int:
             marked if len(marked) <= 2 * arguments.top else marked[: arguments.top] + marked[-arguments.top :]
         )
         page.table(
-            shown, f"Log-odds against {arguments.against}, where the interval leaves out no difference"
+            shown,
+            f"Log-odds against {arguments.against}: the {len(marked)} of {len(rows)} words whose interval leaves out "
+            f"no difference; chance alone would mark about {0.05 * len(rows):.0f}",
         )
     found: Clustering = cluster([text for one in said for text in one.assumptions], arguments.clusters)
     page.table(
