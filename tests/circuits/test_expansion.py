@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from circuits.attribution import top_nodes
 from circuits.edges import Neurons, direct_effects
@@ -54,6 +56,27 @@ def test_expansion_is_greedy_search_in_the_full_matrix(random_models, problem_of
     found_LTN = expand(network, metric, budget=13, batch=5, row_sources=10**6)
     assert torch.equal(found_LTN.flatten(), chosen)
     assert not torch.equal(expand(network, metric, budget=13, batch=13).flatten(), chosen)  # ranks change
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that any operation gives."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        sizes = [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.most = max([self.most, *sizes])
+        return made
+
+
+def test_whole_rows_are_never_kept(llama, problem_of):
+    network, metric = single(problem_of(llama, ROWS))
+    n_layers, n_rows = len(network.blocks), 64
+    row = network.blocks[0].neurons_BTN.numel()
+    with Largest() as seen:
+        assert int(expand(network, metric, n_rows, batch=n_rows, row_sources=50).sum()) == n_rows
+    assert seen.most < n_layers * n_rows * row
 
 
 def test_budgets_are_kept_and_few_sources_come_close(llama, problem_of):

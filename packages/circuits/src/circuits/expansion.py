@@ -79,27 +79,20 @@ class _Rows:
                 metric.tokens,
                 metric.site,
             )
-        n_rows = len(neurons) + metric.positions_BK.shape[1]
-        dense_SLTN = self.network.embed_BTD.new_zeros(n_rows, *self.shape)
-
-        def read(targets: Int[Tensor, " S"], layer: int, effect_STN: Float[Tensor, "S T N"]) -> None:
-            dense_SLTN[targets, layer, : effect_STN.shape[1]] = effect_STN.abs()
-
-        effects = direct_effects(self.network, neurons, metric, self.max_bytes, read)
-        dense_SF = dense_SLTN.flatten(1)
-        sum_S = dense_SF.sum(1) + _other_mass(effects)
-        top = dense_SF.topk(min(self.row_sources, dense_SF.shape[1]), dim=1)
-        share_Sr = top.values / sum_S.clamp_min(torch.finfo(sum_S.dtype).tiny)[:, None]
+        rows = _Strongest.none(self, len(neurons) + metric.positions_BK.shape[1])
+        effects = direct_effects(self.network, neurons, metric, self.max_bytes, rows.add)
+        sum_S = rows.sum_S + _other_mass(effects)
+        share_Sr = rows.size_Sr / sum_S.clamp_min(torch.finfo(sum_S.dtype).tiny)[:, None]
         if logits:
             value_K = effects.value_S.abs()
             omega_K = value_K / value_K.sum().clamp_min(torch.finfo(value_K.dtype).tiny)
-            self.by_layer[self.shape[0]] = [(omega_K, top.indices, share_Sr)]
+            self.by_layer[self.shape[0]] = [(omega_K, rows.source_Sr, share_Sr)]
             return
         flat_n = torch.stack([neurons.layer_n, neurons.position_n, neurons.index_n])
         flat_n = (flat_n[0] * self.shape[1] + flat_n[1]) * self.shape[2] + flat_n[2]
         for layer in neurons.layer_n.unique().tolist():
             here = neurons.layer_n == layer
-            self.by_layer.setdefault(layer, []).append((flat_n[here], top.indices[here], share_Sr[here]))
+            self.by_layer.setdefault(layer, []).append((flat_n[here], rows.source_Sr[here], share_Sr[here]))
 
     def influence(self) -> Float[Tensor, " F"]:
         """Return every neuron's influence along the rows taken, the highest layers of targets first."""
@@ -109,6 +102,40 @@ class _Rows:
                 weight_S = target_S if layer == self.shape[0] else total_F[target_S]
                 total_F.index_add_(0, source_Sr.flatten(), (weight_S[:, None] * share_Sr).flatten())
         return total_F
+
+
+@dataclass
+class _Strongest:
+    """The r largest absolute entries of S rows and their sources (flat L T N), and the sum of all, layer by layer.
+
+    Whole rows are never kept: those of a few targets on a long prompt would not fit.
+    """
+
+    layer_size: int
+    size_Sr: Float[Tensor, "S r"]
+    source_Sr: Int[Tensor, "S r"]
+    sum_S: Float[Tensor, " S"]
+
+    @classmethod
+    def none(cls, rows: _Rows, n_targets: int) -> "_Strongest":
+        """Nothing seen yet."""
+        n_layers, n_positions, n_neurons = rows.shape
+        layer_size = n_positions * n_neurons
+        size_Sr = rows.network.embed_BTD.new_zeros(n_targets, min(rows.row_sources, n_layers * layer_size))
+        return cls(
+            layer_size, size_Sr, torch.zeros_like(size_Sr, dtype=torch.long), size_Sr.new_zeros(n_targets)
+        )
+
+    def add(self, targets: Int[Tensor, " S"], layer: int, effect_STN: Float[Tensor, "S T N"]) -> None:
+        """See one layer's effects on some targets (of a prefix of the tokens)."""
+        here_SF = effect_STN.abs().flatten(1)
+        self.sum_S[targets] += here_SF.sum(1)
+        n_kept = self.size_Sr.shape[1]
+        here = here_SF.topk(min(n_kept, here_SF.shape[1]), dim=1)
+        sizes = torch.cat([self.size_Sr[targets], here.values], dim=1)
+        sources = torch.cat([self.source_Sr[targets], here.indices + layer * self.layer_size], dim=1)
+        best = sizes.topk(n_kept, dim=1)
+        self.size_Sr[targets], self.source_Sr[targets] = best.values, sources.gather(1, best.indices)
 
 
 def _other_mass(effects: DirectEffects) -> Float[Tensor, " S"]:
