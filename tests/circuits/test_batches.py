@@ -21,6 +21,7 @@ from circuits.selfcheck import check, check_block
 from shared.errors import UserError
 from shared.hooks import edit
 from shared.interventions import Add
+from shared.models import ModelConfig, load
 from shared.tokens import pad
 
 PROMPTS = ["one", "a longer prompt", "two", "the longest prompt of all", "six"]
@@ -80,6 +81,31 @@ def test_two_processes_fill_one_folder(tmp_path):
     for one, other in zip(read_scores(tmp_path / "both"), read_scores(tmp_path / "one"), strict=True):
         assert one.prompt == other.prompt
         torch.testing.assert_close(one.scores_KLTN, other.scores_KLTN, rtol=1e-5, atol=1e-6)
+
+
+def test_the_command_names_the_neurons_that_act_most(tmp_path, capsys):
+    """By their expert where there are experts; shares are means over prompts, not over files."""
+    prompts = ["abc", "a longer prompt", "def"]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": one}) for one in prompts))
+    arguments = [
+        "--model",
+        "random:qwen2_moe",
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "--batch-size",
+        "2",
+    ]
+    assert main(["score", *arguments, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    sizes_BLN = torch.stack([one.scores_KLTN.abs().sum((0, 2)) for one in read_scores(tmp_path / "out")])
+    share_BLN = sizes_BLN / sizes_BLN.sum((1, 2), keepdim=True)
+    top_LN = share_BLN.mean(0)
+    layer, neuron = divmod(int(top_LN.argmax()), top_LN.shape[1])
+    name = load(ModelConfig("random:qwen2_moe")).architecture.neuron_name(layer, neuron)
+    often = int((share_BLN[:, layer, neuron] >= 0.005).sum())
+    line = said.splitlines()[2].split()
+    assert line == [f"L{layer}/{name}", f"{float(top_LN.max()):.2%}", str(often), "of", "3"]
+    assert "/E" in said
 
 
 @pytest.mark.parametrize("share", ["2", "a/2", "2/2", "-1/2"])

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from circuits import load_graph, trace
+from circuits import load_graph, trace, write_page
 from circuits.attribution import attribute
 from circuits.cli import main
 from circuits.faithfulness import curve
@@ -186,3 +186,23 @@ def test_the_command_line_traces_and_exports(tmp_path, capsys):
     assert "/E" in (out / "index.html").read_text()
     assert main(["export", str(out), "--to", "neuronpedia", "--out", str(tmp_path / "graph.json")]) == 0
     assert "/E" in (tmp_path / "graph.json").read_text()
+
+
+def test_the_page_names_neurons_by_expert(browser, random_models, tmp_path):
+    from shared.models import ModelConfig, load
+
+    if "qwen2_moe" not in random_models:
+        random_models["qwen2_moe"] = load(ModelConfig("random:qwen2_moe", dtype="float64"))
+    graph = trace(random_models["qwen2_moe"], PROMPT, top_k=1, max_nodes=20, max_edges=50)
+    drawn = """(() => {
+        const said = [];
+        pen.fillText = (what) => said.push(what);
+        view = { ...view, k: 2 };
+        for (const item of scene.items.filter(ranks)) drawNode(item);
+        return said.sort();
+    })()"""
+    with browser.open(write_page(graph, tmp_path / "page.html")) as page:
+        names = page.evaluate(drawn)
+    labels = [graph.label(node) for node in (graph.kind_n == NEURON).nonzero()[:, 0].tolist()]
+    assert names == sorted(label[1:-1].replace("N", "") for label in labels)
+    assert any("/E" in name for name in names)

@@ -228,6 +228,11 @@ class Architecture:
         experts = self._experts[layer]
         return experts.siblings(neuron) if experts else range(self._n_neurons[layer])
 
+    def neuron_name(self, layer: int, neuron: int) -> str:
+        """A neuron's name within its block: `N153`, or `E2/N17` in a mixture of experts."""
+        experts = self._experts[layer]
+        return experts.name(neuron) if experts else f"N{neuron}"
+
     def spread(self, layer: int, routing: Float[Tensor, "*B R"]) -> Float[Tensor, "*B N"]:
         """The routing weight of every neuron of a sparse block, that of its expert."""
         experts = self._experts[layer]

@@ -117,12 +117,17 @@ def missing_batches(folder: Path | str) -> list[int]:
 
 def read_scores(folder: Path | str) -> list[PromptScores]:
     """Return all prompts' scores in order, padding cut off; UserError names the batches that are missing."""
+    return sorted(each_score(folder), key=lambda one: one.prompt)
+
+
+def each_score(folder: Path | str) -> Iterator[PromptScores]:
+    """Yield the same one batch's file at a time, in the order of the files: of a large model, all do not fit."""
     folder = Path(folder)
     missing, numbers = _missing(folder)
     if missing:
         raise UserError(f"{folder}: batches {missing} of {len(numbers)} are missing; run score_prompts again")
-    found = [one for number in numbers for one in _load(_part(folder, number))]
-    return sorted(found, key=lambda one: one.prompt)
+    for number in numbers:
+        yield from _load(_part(folder, number))
 
 
 def _missing(folder: Path) -> tuple[list[int], range]:

@@ -86,7 +86,7 @@ function drawNode(node) {
     pen.stroke();
   }
   if (node.kind === "logit") text(`${nameOf(node)}  ${number(node.activation)}`, node.x + 7 + 7 / view.k, node.y, ink.ink, (header.targets.length > 1 ? Math.min(13, 1.3 * STEP * view.k) : 13) / view.k, 600);
-  else if (ranks(node) && view.k > 1.9) text(`${node.layer}/${node.index}`, node.x, node.y + r + 4.5, ink.soft, 4.4, 400, "center");
+  else if (ranks(node) && view.k > 1.9) text(node.label.replace(/[LN+-]/g, ""), node.x, node.y + r + 4.5, ink.soft, 4.4, 400, "center");
   rings(node, (extra) => { pen.beginPath(); pen.arc(node.x, node.y, r + extra, 0, 7); });
   pen.globalAlpha = 1;
 }

@@ -15,11 +15,12 @@ from shared.commands import output_folder
 from shared.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from rich.console import Console
 
     from circuits.batches import PromptScores, Share
+    from shared.architecture import Architecture
 
 TABLE = 12  # neurons in the table
 LARGE = 0.005  # share of a prompt's absolute effects above which a neuron counts as acting in it
@@ -65,7 +66,7 @@ def main(arguments: Namespace) -> int:
     from rich.console import Console
 
     from circuits.attribution import ESTIMATORS, Settings
-    from circuits.batches import missing_batches, read_scores, score_prompts
+    from circuits.batches import each_score, missing_batches, score_prompts
     from circuits.metric import top_logits
     from shared.models import ModelConfig, load
     from shared.progress import progress
@@ -88,7 +89,7 @@ def main(arguments: Namespace) -> int:
     if missing := missing_batches(folder):
         console.print(f"{len(missing)} batches of other processes are not there yet", highlight=False)
         return 0
-    show(read_scores(folder), console)
+    show(each_score(folder), model.architecture, console)
     return 0
 
 
@@ -115,7 +116,7 @@ def parse_share(text: str | None) -> "Share":
     return Share(int(rank), int(world))
 
 
-def show(scores: "Sequence[PromptScores]", console: "Console") -> None:
+def show(scores: "Iterable[PromptScores]", architecture: "Architecture", console: "Console") -> None:
     """Print the worst conservation error, and the neurons that act most in all prompts together, beside how often.
 
     A neuron's share of a prompt is its absolute effect over the sum of all neurons', summed over tokens and targets.
@@ -123,16 +124,20 @@ def show(scores: "Sequence[PromptScores]", console: "Console") -> None:
     import torch
     from rich.table import Table
 
-    share_BLN = torch.stack([one.scores_KLTN.abs().sum((0, 2)) for one in scores])
-    share_BLN = share_BLN / share_BLN.sum((1, 2), keepdim=True)
-    mean_LN = share_BLN.mean(0)
-    error = max(one.conservation_error for one in scores)
-    console.print(f"{len(scores)} prompts; relevance conserved to {error:.0e}", highlight=False)
+    count, error = 0, 0.0
+    total_LN = torch.zeros(architecture.n_layers, architecture.n_neurons, dtype=torch.float64)
+    often_LN = torch.zeros_like(total_LN, dtype=torch.long)
+    for one in scores:
+        size_LN = one.scores_KLTN.abs().sum((0, 2)).double()
+        share_LN = size_LN / size_LN.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        total_LN += share_LN
+        often_LN += share_LN >= LARGE
+        count, error = count + 1, max(error, one.conservation_error)
+    console.print(f"{count} prompts; relevance conserved to {error:.0e}", highlight=False)
     table = Table("neuron", "mean share", f"prompts above {LARGE:.1%}", box=None, header_style="bold")
-    for place in mean_LN.flatten().topk(min(TABLE, mean_LN.numel())).indices.tolist():
-        layer, neuron = divmod(place, mean_LN.shape[1])
-        often = int((share_BLN[:, layer, neuron] >= LARGE).sum())
-        table.add_row(
-            f"{layer}/{neuron}", f"{float(mean_LN[layer, neuron]):.2%}", f"{often} of {len(scores)}"
-        )
+    for place in total_LN.flatten().topk(min(TABLE, total_LN.numel())).indices.tolist():
+        layer, neuron = divmod(place, architecture.n_neurons)
+        name = f"L{layer}/{architecture.neuron_name(layer, neuron)}"
+        mean = float(total_LN[layer, neuron]) / count
+        table.add_row(name, f"{mean:.2%}", f"{int(often_LN[layer, neuron])} of {count}")
     console.print(table, markup=False, highlight=False)
