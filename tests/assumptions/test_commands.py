@@ -130,7 +130,11 @@ def test_a_judge_that_grades_nothing_is_told(tmp_path, monkeypatch, capsys):
     assert main(["steer", str(tmp_path), "--dimensions", name]) == 0
     assert "note:" not in capsys.readouterr().err
     figures["doubts"][name] = ["labels have SD 0.01"]
-    assert main(["steer", str(tmp_path), "--dimensions", name, "--doses"]) == 0
+    judge = "--judge server --judge-model g --judge-url u --judge-repeats 3 --judge-temperature 0.5"
+    more = [*judge.split(), "--human-grades", "people.csv", "--doses"]
+    assert main(["steer", str(tmp_path), "--dimensions", name, *more]) == 0
+    asked = JudgeSettings("server", "u", "g", repeats=3, temperature=0.5, human="people.csv")
+    assert load_study(tmp_path).settings.judge == asked
     assert f"note: {name}: labels have SD 0.01" in capsys.readouterr().err
     assert load_study(tmp_path).settings.steering.doses == []  # to be searched
 

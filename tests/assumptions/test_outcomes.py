@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assumptions import judges
+from assumptions.agreement import cohen_kappa, fleiss_kappa
 from assumptions.grades import GradeStatus, exchange_hash, grade
-from assumptions.judges import judging
+from assumptions.judges import check_judge, judge_agreement, judging
 from assumptions.outcomes import (
     OUTCOMES,
     Exchange,
@@ -21,10 +22,12 @@ from assumptions.outcomes import (
     read_grade,
     sycophancy,
 )
-from assumptions.settings import JudgeSettings
+from assumptions.pages import add_judge
+from assumptions.settings import AssumptionProbingConfig, JudgeSettings
 from shared.errors import UserError
 from shared.generation import Completion
 from shared.models import load
+from shared.report import Report
 from shared.runs import start_run
 from shared.tinyworld import social
 
@@ -196,6 +199,51 @@ def test_the_key_of_a_judge_on_a_server_is_read_when_it_is_asked_first(tmp_path,
     written = [path.read_text() for path in (tmp_path / "run").rglob("*.json*")]
     assert written
     assert not any("sk-of-this-test" in text for text in written)
+
+
+class TestAgreementOfAStudysJudge:
+    """T30: what a study says of its judge."""
+
+    people = ((1, "4"), (2, "5"), (3, "1"), (4, "2"))
+
+    def grades(self, folder):
+        path = folder / "people.csv"
+        rows = [f"hello {i},reply {i},framing,{score}" for i, score in self.people]
+        path.write_text("\n".join(["message,reply,outcome,score", *rows]))
+        return str(path)
+
+    def test_its_repeats_and_people_stand_beside_it(self, tmp_path):
+        settings = JudgeSettings("server", "u", "m", repeats=3, temperature=1.0, human=self.grades(tmp_path))
+        own = [
+            Judgement(dict.fromkeys(OUTCOMES, 3.0), dict.fromkeys(OUTCOMES, tuple(w)))
+            for w in ("445", "111", "225")
+        ]
+        asked = []
+
+        def judge(exchanges):
+            asked.extend(exchanges)
+            lenient = {"1": 5.0, "2": 5.0, "3": 2.0, "4": 2.0}  # half a point above people
+            return [Judgement(dict.fromkeys(OUTCOMES, lenient[one.reply[-1]]), {}) for one in exchanges]
+
+        found = judge_agreement(settings, judge, own, 0)
+        assert found["repeats"]["framing"] == pytest.approx(fleiss_kappa([[4, 4, 5], [1, 1, 1], [2, 2, 5]]))
+        assert set(found["people"]) == {"framing"}
+        framing = found["people"]["framing"]
+        assert framing.bias.estimate == pytest.approx(0.5)
+        assert framing.kappa.estimate == pytest.approx(cohen_kappa([4, 5, 1, 2], [5, 5, 2, 2]))
+        assert [one.turn for one in asked] == ["hello 1", "hello 2", "hello 3", "hello 4"]
+        report = Report("x")
+        add_judge(report, found)
+        report.write(tmp_path / "page.html")
+        assert "agreement with itself" in (tmp_path / "page.html").read_text()
+        assert judge_agreement(JudgeSettings(), judge, own, 0) == {}
+
+    def test_what_cannot_be_had_is_said_before_anything_is_asked(self, tmp_path):
+        model = load("random:llama")
+        with pytest.raises(UserError, match="absent.csv does not exist"):
+            check_judge(JudgeSettings("local", model="m", human=str(tmp_path / "absent.csv")), model)
+        with pytest.raises(UserError, match="needs a judge.temperature"):
+            AssumptionProbingConfig(judge=JudgeSettings("local", model="m", repeats=2))
 
 
 def test_a_model_that_judges_itself_is_not_loaded_twice(monkeypatch):

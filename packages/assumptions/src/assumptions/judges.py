@@ -5,8 +5,9 @@ A model's grades lie in a file of the run (`assumptions.grades`), and its engine
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from assumptions.agreement import calibrate, exchanges_of, read_human_grades, repeat_agreement
 from assumptions.answer_file import answers_path
 from assumptions.asking import OnDemand
 from assumptions.grades import grade
@@ -44,10 +45,23 @@ def judging(settings: JudgeSettings, run: Run, model: Model) -> Judging:
     return judge
 
 
+def judge_agreement(
+    settings: JudgeSettings, judge: Judging, judgements: Sequence[Judgement], seed: int
+) -> dict[str, Any]:
+    """By outcome: Fleiss' kappa of the judge's repeats, and its calibration where people's grades are given."""
+    found: dict[str, Any] = {"repeats": repeat_agreement(judgements)} if settings.repeats > 1 else {}
+    if settings.human:
+        grades = read_human_grades(settings.human)
+        found |= {"people": calibrate(grades, judge(exchanges_of(grades)), seed)}
+    return found
+
+
 def check_judge(settings: JudgeSettings, model: Model) -> None:
-    """UserError when the exact judge is asked to read replies that are not the embedded world's."""
+    """UserError when the exact judge is to read replies that are not the embedded world's, or human grades are none."""
     from shared.tinyworld import MODEL_DIR
 
+    if settings.human:
+        read_human_grades(settings.human)
     if settings.kind != "lexical":
         return
     own = MODEL_DIR / "tokenizer.json"

@@ -227,6 +227,24 @@ def _by_chance(curves: Mapping[str, Sequence[Curve]]) -> str:
     )
 
 
+def add_judge(report: Report, agreement: Mapping[str, Mapping[str, Any]]) -> None:
+    """How far the judge agrees with itself and with people, where either was asked for."""
+    repeats, people = agreement.get("repeats", {}), agreement.get("people", {})
+    rows: list[dict[str, Any]] = []
+    for outcome in dict.fromkeys([*repeats, *people]):
+        row = {"outcome": outcome}
+        row |= {"kappa of its repeats": repeats[outcome]} if outcome in repeats else {}
+        if (one := people.get(outcome)) is not None:
+            row |= {"kappa with people": one.kappa.estimate, "low": one.kappa.low, "high": one.kappa.high}
+            row |= {"grades": one.graded, "same grade": one.exact, "judge less people": one.bias.estimate}
+            row |= {"rho of that with length": one.length}
+        rows.append(row)
+    if rows:
+        report.table(
+            rows, "The judge: agreement with itself (Fleiss) and with people (Cohen, quadratic weights)"
+        )
+
+
 def add_costs(report: Report, tested: Steered) -> None:
     """What a change of sycophancy costs in the text, and what plain words do instead."""
     report.text(

@@ -34,13 +34,14 @@ from assumptions.evaluation import evaluate_probes, leave_one_source_out_scores
 from assumptions.features import Features, capture_features, load_features, save_features
 from assumptions.form_shift import form_shifts
 from assumptions.instruments import Instrument, instrument
-from assumptions.judges import check_judge, judging
+from assumptions.judges import check_judge, judge_agreement, judging
 from assumptions.pages import (
     add_choice,
     add_closure,
     add_costs,
     add_elicitation,
     add_form_shift,
+    add_judge,
     add_probes,
     add_steering,
 )
@@ -148,6 +149,8 @@ def steer_and_judge(study: Steering, grounds: Grounds) -> dict[str, Any]:
     held = [grounds.chats[i] for i in grounds.split.test][: config.steering.messages]
     steered = dose_test(study, of_name, held, doses)
     metrics |= steering_metrics(steered) | range_metrics(ranges) | {"controls_missing": missing}
+    agreement = judge_agreement(config.judge, study.judge, steered.judgements, run.seed)
+    metrics["judge_agreement"] = agreement
     if config.again:
         closure = elicit_again(study, of_name, held[: config.again], doses)
         mediated = mediations(study, closure, held[: config.again], steered)
@@ -156,6 +159,7 @@ def steer_and_judge(study: Steering, grounds: Grounds) -> dict[str, Any]:
         metrics |= {"preservation": preserved(study, directions, doses)}
     outcomes = {name: moved_outcomes(config.data, name) for name in steered.curves}
     add_steering(run.report, steered.curves, steered.replies, outcomes, config.steering.unit, len(held))
+    add_judge(run.report, agreement)
     add_costs(run.report, steered)
     if config.again:
         add_closure(run.report, closure, mediated)

@@ -89,6 +89,7 @@ class JudgeSettings:
     """Who judges the replies: the embedded world's exact judge, or a model, in this process or on a server.
 
     `model` is its name or folder ("local"), or the name that the OpenAI-compatible server at `url` knows it by.
+    `human`: a file of people's grades (message, reply, outcome, score) that its own are set beside.
     """
 
     kind: Literal["lexical", "local", "server"] = "lexical"
@@ -96,6 +97,7 @@ class JudgeSettings:
     model: str = ""
     repeats: int = 1
     temperature: float = 0.0
+    human: str = ""
 
 
 @dataclass
@@ -152,6 +154,10 @@ class AssumptionProbingConfig:
             )
         if self.judge.kind == "local" and not self.judge.model:
             raise UserError("judge.kind=local needs judge.model, the name or folder of the model that judges")
+        if self.judge.repeats > 1 and self.judge.temperature == 0:
+            raise UserError(
+                "judge.repeats above 1 needs a judge.temperature: at 0 all grades of a reply are one"
+            )
         check(instrument(self.instrument), self.elicitation)
         check_score(self.score, self.elicitation)
 

@@ -45,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "server: an OpenAI-compatible one, its key in OPENAI_API_KEY",
     )
     parser.add_argument("--judge-model", help="name or folder of the model that judges")
+    parser.add_argument("--judge-repeats", type=int, help="grades a reply; above 1 with --judge-temperature")
+    parser.add_argument("--judge-temperature", type=float, help="of the judge; default: 0")
+    parser.add_argument(
+        "--human-grades",
+        type=Path,
+        help="people's grades to set beside: columns message, reply, outcome, score",
+    )
     parser.add_argument("--judge-url", help="address of the server: http://127.0.0.1:8000/v1")
 
 
@@ -61,10 +68,12 @@ def main(arguments: argparse.Namespace) -> None:
         steering = replace(steering, choice=replace(steering.choice, by=arguments.block))
     judge = study.settings.judge
     if arguments.judge is not None:
-        judge = type(judge)(arguments.judge, repeats=judge.repeats, temperature=judge.temperature)
-        if arguments.judge == "local":
-            judge = replace(judge, model=study.model.name)
-    options = {"model": arguments.judge_model, "url": arguments.judge_url}
+        model = study.model.name if arguments.judge == "local" else ""
+        judge = replace(judge, kind=arguments.judge, model=model, url="")
+    options = {
+        name: getattr(arguments, f"judge_{name}") for name in ("model", "url", "repeats", "temperature")
+    }
+    options["human"] = None if arguments.human_grades is None else str(arguments.human_grades)
     judge = replace(judge, **{name: value for name, value in options.items() if value is not None})
     again = study.settings.again if arguments.again is None else arguments.again
     settings = replace(study.settings, steering=steering, judge=judge, again=again)
