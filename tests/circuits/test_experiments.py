@@ -14,7 +14,7 @@ from shared.random_models import randomise, tiny_config
 from shared.runs import start_run
 
 CONF = Path(__file__).parents[2] / "conf" / "experiment" / "circuits"
-NAMES = ("sva", "capitals", "addition", "antonyms", "users", "ioi", "greater_than")
+NAMES = ("sva", "capitals", "addition", "antonyms", "users", "users_infobox", "ioi", "greater_than")
 SMALL = {
     "train_pairs": 6, "test_pairs": 4, "sizes": [5], "ablate": 5, "max_nodes": 10, "max_edges": 20, "contexts": 4,
     "edge_pairs": 2, "examples": 1, "supernodes": [], "steps": 0,
@@ -53,6 +53,8 @@ def test_an_experiment_runs_on_a_small_model(name, tmp_path, word_tokenizer):
     config = to_dataclass(PIPELINE.config_class, given | SMALL | sizes | {"tasks": given["tasks"][:1]})
     tokenizer = word_tokenizer(list(texts_of(config.tasks)), 1)
     tokenizer.add_special_tokens({"bos_token": "<eos>"})
+    if config.style == "chat":
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model = saved_model(tmp_path / "model", tokenizer)
     with start_run(tmp_path / "run", config) as run:
         metrics = PIPELINE.run(config, model, run)

@@ -5,7 +5,9 @@ import random
 import re
 from itertools import islice
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +29,8 @@ from circuits.tasks import (
 )
 from circuits.tasks.draw import FRACTIONS, common_length
 from shared.data import DataError, part_of
+from shared.stats import logit_difference
+from shared.tinyworld.social import CUES, DIMENSIONS, read_counts
 from shared.tinyworld.tasks import Pair
 
 NOUNS = {"dog": "dogs", "uncle": "uncles", "man": "men", "girl": "girls", "truck": "trucks"}
@@ -200,6 +204,24 @@ def test_the_embedded_models_tokenizer_has_the_worlds_tasks(name, world):
     assert not about["train"] & about["test"]
     for examples in drawn.parts.values():
         assert collate(world, examples).clean.input_ids_BT.shape[1] == drawn.length
+
+
+@pytest.mark.parametrize("dimension", range(len(DIMENSIONS)))
+def test_cues_of_one_dimension_alone_turn_what_the_embedded_model_assumes(world, dimension):
+    name = DIMENSIONS[dimension]
+    examples = draw(world, TASKS[f"assumed_{name}"], {"train": 12, "test": 8}, style="chat").parts["train"]
+    for pair, score in ((example.pair, example.labels["score"]) for example in examples):
+        clean, corrupt = read_counts(pair.clean), read_counts(pair.corrupt)
+        assert {clean[dimension], corrupt[dimension]} == {0, CUES}
+        assert (score == "high") == (clean[dimension] == CUES) == (pair.answer == "9")
+        assert list(np.delete(clean, dimension)) == list(np.delete(corrupt, dimension))
+    pairs = collate(world, examples)
+    answers_B, wrong_B = torch.tensor(pairs.answers), torch.tensor(pairs.wrongs)
+    with torch.no_grad():
+        for batch, sign in ((pairs.clean, 1), (pairs.corrupt, -1)):
+            rows = torch.arange(len(examples))
+            logits_BV = world(batch)[rows, batch.last_columns_B]
+            assert (sign * logit_difference(logits_BV, answers_B, wrong_B) > 2).all()
 
 
 @pytest.mark.parametrize(("digits", "form"), [(1, 2), (2, 0), (3, 0)])

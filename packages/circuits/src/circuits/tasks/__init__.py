@@ -3,14 +3,14 @@
 items      what a task yields: pairs in several forms, groups that are held out together, labels
 draw       examples for one model: single-token answers, equal lengths, parts without common groups
 batch      examples as encoded batches
-agreement, facts, numbers, people     the generators;  files     the public files' format
+agreement, assumed, facts, numbers, people   the generators;  files   the public files' format
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from circuits.tasks import agreement, facts, numbers, people
+from circuits.tasks import agreement, assumed, facts, numbers, people
 from circuits.tasks.batch import PairBatch, collate
 from circuits.tasks.draw import Drawn, Style, answer_token, draw
 from circuits.tasks.files import deduplicate, file_name, file_task, pair_items, read_pairs, subject
@@ -21,7 +21,7 @@ __all__ = [
     "deduplicate", "draw", "find_task", "pair_items", "read_pairs", "subject", "task_names",
 ]  # fmt: skip
 
-TASKS: dict[str, Task] = agreement.TASKS | facts.TASKS | numbers.TASKS | people.TASKS
+TASKS: dict[str, Task] = agreement.TASKS | facts.TASKS | numbers.TASKS | people.TASKS | assumed.TASKS
 
 
 def find_task(task: str) -> Task:
