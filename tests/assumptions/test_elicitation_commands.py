@@ -66,6 +66,7 @@ def test_a_folder_holds_one_elicitation(elicited, tmp_path, capsys):
         (["--score", "stated"], "another score"),
         (["--column", "text=other", "--column", "id=key"], "another columns"),
         (["--model", "tinyworld-readable"], "another model"),
+        (["--tokenizer", "random:llama"], "another tokenizer"),
     ):
         capsys.readouterr()
         assert main([*command, *changed]) == 2

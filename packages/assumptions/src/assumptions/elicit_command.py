@@ -130,6 +130,7 @@ def _question(arguments: argparse.Namespace, settings: ElicitationSettings, scor
         "engine": named(arguments),
         "data": str(arguments.data),
         "columns": _columns(arguments.column),
+        "tokenizer": arguments.tokenizer,  # expected scores are asked for in its tokens
         "instrument": arguments.instrument,
         # how many answers are asked for at a time changes none of them
         "settings": replace(settings, batch_size=ElicitationSettings.batch_size),
