@@ -3,11 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
-from circuits import pipeline_concepts, pipeline_stages
+from circuits import pipeline, pipeline_concepts, pipeline_stages
 from circuits.faithfulness import smallest_size
 from circuits.folder import open_folder
 from circuits.graph import load_graph
@@ -28,6 +29,7 @@ CONFIG = {
     "examples": 2,
     "edge_sizes": [2, 4],
     "edge_pairs": 3,
+    "proportions": [0.01, 0.1, 1.0],
 }
 
 
@@ -82,6 +84,9 @@ def test_pipeline_on_a_file_of_pairs_writes_what_it_says(pairs, tmp_path, monkey
         assert all(math.isfinite(value) for value in curve.values())
         assert list(metrics["completeness"]["letters"][estimator]) == ["5", "50"]
     assert metrics["faithfulness_5"]["letters"] == metrics["faithfulness"]["letters"]["relp"]["5"]
+    for found in metrics["areas"]["letters"].values():
+        assert list(found) == ["cpr", "cmd", "cpr_log", "cmd_log"]
+        assert all(low <= area <= high for area, low, high in found.values())
     always = metrics["always_on"]["letters"]
     assert 0 <= always["share"] <= 1
     assert "Always-on neurons" in (tmp_path / "run" / "report.html").read_text()
@@ -149,6 +154,28 @@ def test_concepts_on_a_file_of_pairs(pairs, tmp_path, monkeypatch):
 def test_supernodes_are_at_least_two():
     with pytest.raises(ValueError, match="supernodes"):
         CircuitTracingConfig(supernodes=[1])
+
+
+def test_areas_are_those_of_the_curve_of_test_pairs(pairs):
+    model = load(ModelConfig("random:llama"))
+    halves = draw(model, find_task(str(pairs)), {"train": 8, "test": 6}).parts
+    study = make_study(model, "letters", halves["train"], halves["test"])
+    scores = {"relp": mean_scores(pose_pairs(study, study.train), "relp")}
+    total = scores["relp"].numel()
+    config = CircuitTracingConfig(tasks=[str(pairs)], estimators=["relp"], proportions=[0.5, 0.1, 1.0])
+    found = pipeline._area_figures(study, scores, config)["areas"]["relp"]
+    points = held_out_curve(study, scores["relp"], [round(total / 10), total // 2, total])
+    low, middle, high = (point.faithfulness().estimate for point in points)
+    shares = (round(total / 10) / total, 0.5, 1.0)
+    widths = [after - before for before, after in pairwise(shares)]
+    assert found["cpr"][0] == pytest.approx(widths[0] * (low + middle) / 2 + widths[1] * (middle + high) / 2)
+    assert high == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("proportions", [[0.5], [0.0, 1.0], [0.1, 2.0]])
+def test_proportions_are_shares(proportions):
+    with pytest.raises(ValueError, match="proportions"):
+        CircuitTracingConfig(proportions=proportions)
 
 
 def test_a_resumed_run_whose_pairs_changed_is_done_anew(pairs, tmp_path):

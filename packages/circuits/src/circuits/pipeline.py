@@ -7,12 +7,13 @@ run by path patching on test pairs; (5) the graph of one test prompt and its pag
 beside as many random ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
+from circuits.areas import areas, proportion_sizes
 from circuits.attribution import ESTIMATORS, top_nodes
 from circuits.concepts_report import report_always_on, report_findings, report_supernodes, report_sweep
 from circuits.edge_circuits import EDGE_ESTIMATORS
@@ -54,6 +55,8 @@ class CircuitTracingConfig:
     `ablate`: size of the circuit, the top RelP neurons: faithfulness_N and completeness_N are its figures, its edges
     are those that `edge_sizes` count (none: no edges are run), and it is ablated in the last step.
     `target`: faithfulness whose smallest size (of `sizes`) is found on training pairs, and judged on test pairs.
+    `proportions`: shares of all nodes (two or more) at which the areas CPR and CMD are taken, MIB's for example:
+    [.001,.002,.005,.01,.02,.05,.1,.2,.5,1] (none: no areas).
     `edge_pairs`: how many of the training pairs rank edges, and of the test pairs judge them.
     `supernodes`: candidate numbers of clusters of the neurons of `contexts` prompts (none: no clusters).
     `hypotheses`: how many signed neurons are scored against the task's classes (0: none).
@@ -74,6 +77,7 @@ class CircuitTracingConfig:
     max_edges: int = 2000
     ablate: int = 200
     target: float = 0.9
+    proportions: list[float] = field(default_factory=list)
     edge_sizes: list[int] = field(default_factory=list)
     edge_pairs: int = 32
     edge_estimators: list[str] = field(default_factory=lambda: ["relp", "magnitude", "random"])
@@ -90,6 +94,12 @@ class CircuitTracingConfig:
             raise ValueError(f"tasks must name at least one of {', '.join(TASKS)}, or a file of pairs")
         task_names(self.tasks)
         _check_sizes("sizes", self.sizes, "neurons")
+        if self.proportions and (
+            len(set(self.proportions)) < 2 or not all(0 < p <= 1 for p in self.proportions)
+        ):
+            raise ValueError(
+                f"proportions are two or more shares of all nodes, above 0 and at most 1; got {self.proportions}"
+            )
         if self.edge_sizes:
             _check_sizes("edge_sizes", self.edge_sizes, "edges")
         for name in ("train_pairs", "test_pairs", "max_nodes", "max_edges", "ablate", "edge_pairs"):
@@ -160,6 +170,7 @@ def run_task(
         **_node_figures(points, points["relp"][sizes.index(config.ablate)], config),
         "smallest": _smallest(points["relp"], size_on_training(study, scores["relp"], sizes, config.target)),
         "by_reference": _reference_figures(study, top_nodes(scores["relp"], config.ablate), run.seed),
+        **(_area_figures(study, scores, config) if config.proportions else {}),
         **(_edge_figures(edge_points) if edge_points else {}),
         **_graph_figures(graph),
         "ablation": ablation,
@@ -227,6 +238,18 @@ def _reference_figures(study: Study, keep_LTN: Tensor, seed: int) -> dict[str, A
             "gap": list(point.gap()),
         }
         for kind, point in points.items()
+    }
+
+
+def _area_figures(study: Study, scores: Mapping[str, Tensor], config: CircuitTracingConfig) -> dict[str, Any]:
+    """Areas of curves of their own, over shares of all nodes, on the test pairs."""
+    total = scores["relp"].numel()
+    sizes = proportion_sizes(total, config.proportions)
+    found = {name: areas(held_out_curve(study, scores[name], sizes), total) for name in config.estimators}
+    return {
+        "areas": {
+            name: {kind: list(area) for kind, area in one._asdict().items()} for name, one in found.items()
+        }
     }
 
 

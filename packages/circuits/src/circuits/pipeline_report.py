@@ -28,6 +28,17 @@ def report_task(
     run.report.figure(
         draw_curves(points), "Faithfulness (1 is ideal) and completeness (0 is ideal) with 95 % intervals."
     )
+    if "areas" in metrics:
+        run.report.table(
+            [
+                {"scores": name}
+                | {kind: "{:.3f} [{:.3f}, {:.3f}]".format(*area) for kind, area in one.items()}
+                for name, one in metrics["areas"].items()
+            ],
+            "Areas of faithfulness (CPR: higher is better) and of its distance from 1 (CMD: lower is better) over "
+            f"the shares {config.proportions} of all nodes, on the linear axis, and on "
+            "the logarithmic one divided by its length.",
+        )
     if edge_points:
         run.report.figure(
             draw_curves(edge_points),
