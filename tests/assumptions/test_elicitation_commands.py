@@ -2,14 +2,19 @@
 
 import csv
 import json
+from argparse import Namespace
 
 import pytest
 
+from assumptions import elicit_command
 from assumptions.cli import main
+from assumptions.commands import engine
 from assumptions.dimensions import NAMES
+from assumptions.elicitation import ElicitationSettings
 from assumptions.parsing import Status
 from assumptions.records import Record, RecordFile
 from assumptions.sources import load_messages
+from shared.models import load
 from shared.serialize import read_json, write_json
 
 
@@ -151,3 +156,17 @@ def test_words_writes_a_page_with_both_denominators(tmp_path, capsys):
     for told in ("share_of_assumptions", "share_of_responses", "reassurance", "Log-odds against", "Clusters"):
         assert told in text
     assert "8 responses, 2 clusters" in capsys.readouterr().out
+
+
+def test_beside_vllm_the_model_is_held_on_the_cpu_and_a_study_goes_on_where_it_can(monkeypatch):
+    """A second copy of the weights on the GPU would leave vLLM too little of it."""
+    held = []
+    monkeypatch.setattr(engine, "load", lambda config: held.append(config.device) or load(config))
+    given = {"model": "random:llama", "dtype": "float32", "server": None, "replicas": 1}
+    given |= {"data": "mine.csv", "column": [], "instrument": "nine_scores", "seed": 0}
+    for name in ("vllm", "hf"):
+        arguments = Namespace(**given, engine=name)
+        model = engine.open_engine(arguments).model
+        settings = ElicitationSettings(guided=name == "vllm")
+        assert elicit_command._study(arguments, model, settings, "stated", 2).model.device == "auto"
+    assert held == ["cpu", "auto"]

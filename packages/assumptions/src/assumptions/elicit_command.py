@@ -161,7 +161,7 @@ def _study(
         steering=SteeringSettings() if arguments.model in EMBEDDED else REPLIES,
         judge=JudgeSettings("local", model=arguments.model),
     )
-    return Study(model.config, config, arguments.seed)
+    return Study(replace(model.config, device="auto"), config, arguments.seed)
 
 
 def _settings(arguments: argparse.Namespace) -> ElicitationSettings:

@@ -56,8 +56,12 @@ def named(arguments: argparse.Namespace) -> str:
 
 
 def open_engine(arguments: argparse.Namespace) -> Asked:
-    """Load the model that is asked, where it is in this process; the engine starts when it is needed."""
-    config = ModelConfig(arguments.model, dtype=arguments.dtype)
+    """Load the model that is asked, where it is in this process; the engine starts when it is needed.
+
+    vLLM loads the weights itself: the copy here, which identifies them, stays on the CPU and leaves it the GPU.
+    """
+    device = "cpu" if arguments.engine == "vllm" else "auto"
+    config = ModelConfig(arguments.model, dtype=arguments.dtype, device=device)
     model = None if arguments.server else load(config)
     name = arguments.model if model is None else model.fingerprint
     return Asked(model, name, OnDemand(lambda: _start(arguments, model)))
