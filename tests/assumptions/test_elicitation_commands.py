@@ -85,6 +85,16 @@ def test_a_folder_holds_one_elicitation(elicited, tmp_path, capsys):
     study = read_json(out / "study.json")
     assert (study["settings"]["messages"], study["settings"]["shuffles"], study["last"]) == (3, 3, "elicit")
     assert (out / "answers.jsonl").read_bytes().startswith(held["answers.jsonl"])
+    write_json(out / "study.json", study | {"last": "steer"})
+    text = (folder / "mine.csv").read_text()
+    (folder / "mine.csv").write_text(text.replace(",x", ",y"))  # a column that nothing reads
+    assert main(command) == 0
+    assert read_json(out / "study.json")["last"] == "steer"
+    (folder / "mine.csv").write_text(
+        text.replace("About", "Again about", 1)
+    )  # as many rows, one of them another
+    assert main(command) == 0
+    assert read_json(out / "study.json")["last"] == "elicit"
 
 
 def test_a_model_that_could_not_be_loaded_leaves_no_claim_on_the_folder(elicited, capsys):
@@ -168,5 +178,5 @@ def test_beside_vllm_the_model_is_held_on_the_cpu_and_a_study_goes_on_where_it_c
         arguments = Namespace(**given, engine=name)
         model = engine.open_engine(arguments).model
         settings = ElicitationSettings(guided=name == "vllm")
-        assert elicit_command._study(arguments, model, settings, "stated", 2).model.device == "auto"
+        assert elicit_command._study(arguments, model, settings, "stated", []).model.device == "auto"
     assert held == ["cpu", "auto"]

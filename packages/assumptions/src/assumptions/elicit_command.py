@@ -31,11 +31,13 @@ from assumptions.instruments import INSTRUMENTS, Instrument, instrument
 from assumptions.reliability import Measurement, orders, reliability, retests
 from assumptions.scoring import Score, Scored, check_score, score_chats
 from assumptions.settings import AssumptionProbingConfig, JudgeSettings, SteeringSettings
+from assumptions.splits import row_hash
 from shared.commands import output_folder
 from shared.data import write_csv
 from shared.errors import UserError
 from shared.loading import load_tokenizer
 from shared.models import Model, ModelConfig
+from shared.runs import config_hash
 from shared.serialize import write_json
 from shared.tinyworld import EMBEDDED
 
@@ -117,7 +119,7 @@ def main(arguments: argparse.Namespace) -> int:
         write_json(arguments.out / "reliability.json", [row for facet in found for row in facet.rows()])
     print(json.dumps(answers.health() | {"valid_share": answers.valid_share()}))
     if model is not None and asked.dimensions == NAMES:
-        begin(arguments.out, _study(arguments, model, settings, score, len(chats)), model.fingerprint)
+        begin(arguments.out, _study(arguments, model, settings, score, chats), model.fingerprint)
         print(f"next: assumptions probe {arguments.out}", file=sys.stderr)
     return 0
 
@@ -146,13 +148,17 @@ def _tokenizer(arguments: argparse.Namespace, model: Model | None) -> Any:
 
 
 def _study(
-    arguments: argparse.Namespace, model: Model, settings: ElicitationSettings, score: Score, messages: int
+    arguments: argparse.Namespace,
+    model: Model,
+    settings: ElicitationSettings,
+    score: Score,
+    chats: Sequence[Chat],
 ) -> Study:
     """What the later commands go on with; until `assumptions steer` names a judge, the model judges itself."""
     config = AssumptionProbingConfig(
         data=str(arguments.data),
         columns=_columns(arguments.column) or {},
-        messages=messages,
+        messages=len(chats),
         instrument=arguments.instrument,
         engine=arguments.engine,
         replicas=arguments.replicas,
@@ -161,7 +167,8 @@ def _study(
         steering=SteeringSettings() if arguments.model in EMBEDDED else REPLIES,
         judge=JudgeSettings("local", model=arguments.model),
     )
-    return Study(replace(model.config, device="auto"), config, arguments.seed)
+    rows = config_hash([(chat.id, row_hash(chat), chat.group, chat.source) for chat in chats])
+    return Study(replace(model.config, device="auto"), config, arguments.seed, rows=rows)
 
 
 def _settings(arguments: argparse.Namespace) -> ElicitationSettings:

@@ -29,12 +29,13 @@ NAME = "study.json"
 
 @dataclass(frozen=True)
 class Study:
-    """What is studied, and the last step that was taken."""
+    """What is studied, and the last step that was taken; `rows`: hash of the messages, in their order."""
 
     model: ModelConfig
     settings: AssumptionProbingConfig
     seed: int = 0
     last: Step = "elicit"
+    rows: str = ""
 
 
 def load_study(folder: Path) -> Study:
@@ -67,7 +68,7 @@ def begin(folder: Path, study: Study, fingerprint: str) -> None:
         shutil.copyfile(expected_path(folder / "answers.jsonl"), expected_path(named))
     if path.exists():
         former = load_study(folder)
-        if former.settings.messages == config.messages:
+        if former.rows == study.rows:
             return
         study = replace(study, settings=replace(former.settings, messages=config.messages))
     write_json(path, study)
