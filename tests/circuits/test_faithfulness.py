@@ -72,6 +72,7 @@ def test_edits_of_nodes_equal_pathways(llama, problem_of, batch):
     mean_BLTN = mean_reference(llama, batch)
     for edits, reference_BLTN in (
         (scale_nodes(nodes, 0.0), zero_reference(llama)),
+        (replace_nodes(nodes, zero_reference(llama)[0]), zero_reference(llama)),
         (replace_nodes(nodes, mean_BLTN[0]), mean_BLTN),
     ):
         with torch.no_grad(), edit(llama, edits):
@@ -114,3 +115,5 @@ def test_controls_match_layers_and_positions(llama):
     assert control != matched_random(nodes, llama.architecture, seed=4)
     with pytest.raises(UserError, match="positions"):
         replace_nodes([Node(0, None, 1)], torch.zeros(1, 1, 4))
+    with pytest.raises(UserError, match="2 positions"):
+        replace_nodes([Node(0, 2, 1)], torch.zeros(1, 2, 4))

@@ -55,12 +55,15 @@ def scale_nodes(nodes: Sequence[Node], factor: float) -> list[Intervention]:
 
 
 def replace_nodes(nodes: Sequence[Node], reference_LTN: Float[Tensor, "L T N"]) -> list[Intervention]:
-    """Return edits that set each node to its reference at its position (nodes need positions)."""
+    """Return edits that set each node to its reference at its position, or to the one of all positions (T is 1)."""
     edits: list[Intervention] = []
+    n_positions = reference_LTN.shape[1]
     for (layer, at), indices in _groups(nodes).items():
         if at is None:
             raise UserError("a reference for each position needs nodes with positions")
-        mean_X = reference_LTN[layer, min(at, reference_LTN.shape[1] - 1), indices]
+        if n_positions > 1 and at >= n_positions:
+            raise UserError(f"the reference has {n_positions} positions, a node is at position {at}")
+        mean_X = reference_LTN[layer, at if n_positions > 1 else 0, indices]
         edits.append(Ablate(f"blocks.{layer}.neurons", mean=mean_X, indices=indices, positions=(at,)))
     return edits
 
