@@ -101,6 +101,14 @@ def test_a_model_that_does_not_load_is_an_error_of_the_constructor(threads):
         VLLMReplicas("missing", 2)
 
 
+def test_a_replica_whose_parent_has_gone_ends_without_a_word(threads):
+    """It may fail to load after another has, when nobody listens any more."""
+    for config in ("missing", "model"):
+        here, there = multiprocessing.Pipe()
+        here.close()
+        replicas._serve(there, config, None, {})
+
+
 def test_a_replica_that_ended_is_named_and_ends_the_others(threads):
     engine = VLLMReplicas("model", 2)
     thread, connection = engine._children[1]

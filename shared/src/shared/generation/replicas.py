@@ -160,21 +160,22 @@ def _serve(
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes the connection
-    try:
-        generator = VLLMGenerator(config, adapters=adapters, **engine)
-    except Exception as error:  # handed to the parent, whatever it is
-        connection.send((None, _told(error)))
-        return
-    with generator, suppress(EOFError, ConnectionError):  # the other end has closed
-        connection.send((None, None))
-        while True:
-            draws, sampling = connection.recv()
-            answer, told = None, None
-            try:
-                answer = generator._complete(draws, sampling) if draws else []
-            except Exception as error:
-                told = _told(error)
-            connection.send((answer, told))
+    with suppress(EOFError, ConnectionError):  # the other end has closed
+        try:
+            generator = VLLMGenerator(config, adapters=adapters, **engine)
+        except Exception as error:  # handed to the parent, whatever it is
+            connection.send((None, _told(error)))
+            return
+        with generator:
+            connection.send((None, None))
+            while True:
+                draws, sampling = connection.recv()
+                answer, told = None, None
+                try:
+                    answer = generator._complete(draws, sampling) if draws else []
+                except Exception as error:
+                    told = _told(error)
+                connection.send((answer, told))
 
 
 def _told(error: Exception) -> UserError | str:
