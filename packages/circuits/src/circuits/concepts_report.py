@@ -69,13 +69,15 @@ def _effect(effects: Sequence[dict[str, Any]], nodes: str, kind: str, question: 
     return next(row for row in effects if (row["nodes"], row["edit"], row["question"]) == names)
 
 
-def report_always_on(found: Sequence[AlwaysOn], shares: Mapping[str, float], run: Run) -> None:
-    """Add the neurons that act whatever the prompt, and how much of each task's circuit they are."""
+def report_always_on(
+    found: Sequence[AlwaysOn], shares: Mapping[str, float], n_prompts: int, run: Run
+) -> None:
+    """Add the neurons that act whatever the prompt (of `n_prompts`), and how much of each task's circuit they are."""
     names = ", ".join(f"{one.layer}/{one.neuron}" for one in found) or "none"
     circuits = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
     run.report.text(
-        f"## Always-on neurons\n\nIn the graphs of at least nine in ten neutral prompts (layer/index): {names}. Of the "
-        f"tasks' circuits they are {circuits}; such neurons are not about a task."
+        f"## Always-on neurons\n\nIn the graphs of at least nine in ten of {n_prompts} neutral prompts (layer/index): "
+        f"{names}. Of the tasks' circuits they are {circuits}; such neurons are not about a task."
     )
 
 

@@ -21,6 +21,7 @@ from circuits.faithfulness import CurvePoint
 from circuits.graph import Graph
 from circuits.merge import AlwaysOn
 from circuits.pipeline_concepts import (
+    NEUTRAL,
     always_on_stage,
     hypothesis_stage,
     steering_stage,
@@ -69,7 +70,7 @@ class CircuitTracingConfig:
     style: Style = "plain"
     train_pairs: int = 96
     test_pairs: int = 64
-    estimators: list[str] = field(default_factory=lambda: ["relp", "atp", "random"])
+    estimators: list[str] = field(default_factory=lambda: ["relp", "atp", "activation", "random"])
     sizes: list[int] = field(default_factory=lambda: [5, 10, 20, 50, 100, 200, 500, 1000])
     reference: Literal["mean", "zero"] = "mean"
     threshold: float = 0.005
@@ -138,7 +139,9 @@ def run(config: CircuitTracingConfig, model_config: ModelConfig, run: Run) -> di
         metrics["conservation_error"] = max(metrics["conservation_error"], result.pop("conservation_error"))
         for key, value in result.items():
             metrics.setdefault(key, {})[task.name] = value
-    report_always_on(always_on, {name: one["share"] for name, one in metrics["always_on"].items()}, run)
+    report_always_on(
+        always_on, {name: one["share"] for name, one in metrics["always_on"].items()}, len(NEUTRAL), run
+    )
     if config.steps:
         metrics["steps"] = steps_stage(model, config, run)
     return metrics

@@ -50,7 +50,13 @@ NEUTRAL = (
     "She put the book on the table and walked home.",
     "It was late, and the small dog was tired.",
     "He has a red hat and a new boat.",
-)  # unrelated text for side effects
+    "The old man sat by the window with a cup of tea.",
+    "They saw a bird in the tree near the house.",
+    "Mom made a cake, and it was very good.",
+    "The water was cold, but the sun was warm.",
+    "One day a little girl found a key in the grass.",
+    "He wanted to help his friend, so he ran home.",
+)  # unrelated text: always-on neurons, side effects
 TARGETS = 5  # the paper's case studies trace the five likeliest tokens
 
 
