@@ -109,3 +109,10 @@ def test_the_documentations_index_names_every_page():
     index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}
     assert not [page for page in sorted(pages) if f"({page})" not in index]
+
+
+@pytest.mark.xdist_group("kept")
+def test_groups_of_tests_reach_the_workers(request):
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("runs without --dist loadgroup")
+    assert request.node.nodeid.endswith("@kept"), "this pytest-xdist cannot group tests under this pytest"

@@ -15,7 +15,7 @@ from assumptions.steering import clamp, probe_direction
 from shared.generation import Sampling
 from shared.models import load
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 
 
 def test_served_replies_are_those_of_hugging_face(tmp_path):

@@ -18,7 +18,7 @@ from shared.hooks import capture
 from shared.models import load
 from shared.tinyworld import social
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 
 
 def keep(seen, block, module, args, output):

@@ -10,7 +10,7 @@ from preft.vllm.slot_memory import allocated_slot_bytes, slot_bytes
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import Model, ModelConfig
 
-pytestmark = pytest.mark.xdist_group("vllm")
+pytestmark = pytest.mark.xdist_group(__name__)
 
 
 def manager(engine: VLLMGenerator) -> Any:

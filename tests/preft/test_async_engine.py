@@ -18,7 +18,7 @@ from preft.reference import greedy_reference
 from shared.generation.process_state import third_party_warnings_ignored
 from shared.models import Model
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 KINDS = [None, *CONFIGS]
 KEPT: list[Any] = []  # ZeroMQ contexts: vLLM leaves their end to the interpreter's, and a collected one warns
 

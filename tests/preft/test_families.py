@@ -11,7 +11,7 @@ from shared.families import FAMILIES
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import ModelConfig, load
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 
 DENSE = sorted(name for name, row in FAMILIES.items() if not row.experts)
 CONFIGS = {

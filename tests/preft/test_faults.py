@@ -26,7 +26,7 @@ from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import Model, ModelConfig
 from shared.tokens import Phase
 
-pytestmark = [pytest.mark.xdist_group("vllm2"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 HERE = Path(__file__).parent
 FAULTS = {
     "1 preemption adapts recomputed generated tokens": (

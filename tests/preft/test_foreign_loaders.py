@@ -11,7 +11,7 @@ from preft_cases import CONFIGS
 from preft.adapters import Adapter, AdapterConfig, target_paths
 from shared.models import Model
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.usefixtures("plugin")]
 
 RANKS = {r"layers\.0\..*q_proj": 2, "q_proj": 6, "mlp.down_proj": 3}
 ALPHAS = {"layers.[01].self_attn.v_proj": 3.0, "q_proj": 5.0}

@@ -20,7 +20,7 @@ from preft.vllm.kernels import (
     slots_of,
 )
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.usefixtures("plugin")]
 SLOTS, RANK, WIDTH, OUT = 3, 4, 6, 5
 slot_maps = st.lists(st.integers(PLAIN, SLOTS - 1), min_size=1, max_size=14)
 

@@ -15,7 +15,7 @@ from preft.formats import save_adapter
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import Model, ModelConfig
 
-pytestmark = [pytest.mark.xdist_group("vllm2"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 ADAPTERS, SLOTS, SEQUENCES, TOKENS = 512, 8, 64, 6
 CONFIG = AdapterConfig(rank=1, target_modules=("o_proj",))
 

@@ -20,7 +20,7 @@ from preft.reference import logprob_reference
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import Model, ModelConfig
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 BLOCK, SLOTS = 32, 2
 COMMON: dict[str, Any] = {"max_num_seqs": 24, "max_num_batched_tokens": 1024, "max_model_len": 256}
 COMMON |= {"async_scheduling": False, "max_loras": SLOTS, "max_cpu_loras": 32, "block_size": BLOCK}

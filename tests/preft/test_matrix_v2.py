@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.xdist_group("vllm2"), pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow, pytest.mark.timeout(900)]
 HERE = Path(__file__).parent
 # All rows plainly, and asynchronously those in which steps overlap; everything runs too, without -k, and takes long.
 OVERLAPPING = "any_order or in_chunks or preempted or reset or cancelled or swapped"

@@ -15,7 +15,7 @@ from shared.models import ModelConfig
 from shared.runs import start_run
 from shared.tokens import Phase
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 CONFIG = AdapterServingConfig(
     users=2,
     train_chats=8,

@@ -16,7 +16,7 @@ from preft.vllm import plugin, runner
 from preft.vllm.identity import AdapterIdentity
 from shared.tokens import Phase
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.usefixtures("plugin")]
 
 
 def test_vllm_finds_the_plugin_by_its_entry_point() -> None:

@@ -20,7 +20,7 @@ from preft.vllm.memory_worker import held_by
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import Model, ModelConfig
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 SLOTS, CACHED = 2, 3
 KINDS = ["lora_p_0", "lora_p_3", "reft_p_0", "reft_p_1", "lora_all", "lora_decode", "reft_all"]
 

@@ -14,7 +14,7 @@ from shared.interventions import Add, save_interventions
 from shared.models import Model
 from shared.tokens import Phase
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.usefixtures("plugin")]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from preft.vllm.memory import ledger_of, remove
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import Model, ModelConfig
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 ROWS = [Row(text) for text in ("abc", "hello there, what is your name", "1 + 2 =", "x")]
 
 

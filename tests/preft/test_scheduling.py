@@ -20,7 +20,7 @@ from shared.history import History
 from shared.models import Model
 from shared.tokens import Phase
 
-pytestmark = pytest.mark.xdist_group("vllm")
+pytestmark = pytest.mark.xdist_group(__name__)
 BLOCK = 8
 
 

@@ -29,7 +29,7 @@ from shared.errors import UserError
 from shared.models import Model, ModelConfig
 from shared.tokens import Phase
 
-pytestmark = pytest.mark.xdist_group("vllm")
+pytestmark = pytest.mark.xdist_group(__name__)
 
 
 def stored(store: Store, name: str, version: int, text: str = "") -> Path:

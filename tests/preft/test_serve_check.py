@@ -24,7 +24,7 @@ from shared.interventions import Add, Intervention, Scale, save_interventions
 from shared.models import Model, ModelConfig
 from shared.tokens import Phase
 
-pytestmark = pytest.mark.xdist_group("vllm")
+pytestmark = pytest.mark.xdist_group(__name__)
 CONFIG = "adapter_config.json"
 
 

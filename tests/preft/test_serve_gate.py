@@ -16,7 +16,7 @@ from preft.serve.gate import Drain, Gate
 from preft.serve.prometheus import EngineCollector
 from preft.serve.store import Store
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.usefixtures("plugin")]
 CLOSED = ["/v1/models", "/invocations", "/adapters", "/adapters/x", "/tokenize", "/health/x", "/healthy", "/"]
 PROBES = ["/health", "/ping", "/metrics", "/metrics/", "/version"]
 

@@ -31,7 +31,7 @@ from shared.interventions import Add, Intervention, save_interventions
 from shared.models import Model
 from shared.tokens import Message, Phase
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 GIVEN = ["lora_p_0", "reft_p_0", "lora_all"]
 LONG = 120  # tokens: long enough to do something while they are generated
 WEIGHTS = "adapter_model.safetensors"

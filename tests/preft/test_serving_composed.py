@@ -22,7 +22,7 @@ from shared.interventions import Add, Intervention, LowRank, Scale, Set, save_in
 from shared.models import Model, ModelConfig
 from shared.tokens import Phase
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 BLOCK = 32
 SLOTS = 2
 SUMS = {

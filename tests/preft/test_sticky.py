@@ -23,7 +23,7 @@ from shared.history import History
 from shared.models import Model, ModelConfig, load
 from shared.tokens import Message, Phase
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 BLOCK = 32
 
 

@@ -24,7 +24,7 @@ from preft.formats import save_adapter
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import Model, ModelConfig
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 SEEDS = range(*map(int, os.environ.get("PREFT_STRESS_SEEDS", "0:1").split(":")))
 ENGINES: dict[str, dict[str, Any]] = {
     "plain": {"async_scheduling": False},

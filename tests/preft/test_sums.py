@@ -21,7 +21,7 @@ from preft.serve.store import Store
 from preft.serve.sums import Sums
 from shared.models import Model, ModelConfig
 
-pytestmark = pytest.mark.xdist_group("vllm")
+pytestmark = pytest.mark.xdist_group(__name__)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from preft.adapters import Adapter
 from shared.generation.vllm_engine import VLLMGenerator
 from shared.models import ModelConfig
 
-pytestmark = [pytest.mark.xdist_group("vllm2"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.slow]
 RANKS = 2
 BLOCK = "model.layers.0"
 

@@ -17,7 +17,7 @@ from shared.history import History
 from shared.models import Model, load
 from shared.tokens import Message, encode_chat
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.usefixtures("plugin")]
+pytestmark = [pytest.mark.xdist_group(__name__), pytest.mark.usefixtures("plugin")]
 CHAT = [
     Message(role="user", content="Where is Boston?"),
     Message(role="assistant", content="In Massachusetts."),

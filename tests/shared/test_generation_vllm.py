@@ -23,7 +23,7 @@ from shared.generation import HFGenerator, OpenAIGenerator, Request, Sampling, V
 from shared.models import load
 from shared.tinyworld import MODEL_DIR
 
-pytestmark = pytest.mark.xdist_group("vllm")
+pytestmark = pytest.mark.xdist_group(__name__)
 
 CHAT = [{"role": "user", "content": "hello, how are you?"}]
 REQUESTS = [

@@ -22,7 +22,7 @@ PACKAGES = {
 INSTALLED = sorted(entry.name for entry in metadata.entry_points(group="innerworks.pipelines"))
 SERVED = {"adapter_serving", "assumption_probing"}  # these start vLLM: one at a time
 CASES = [
-    pytest.param(name, marks=[pytest.mark.xdist_group("vllm")] if name in SERVED else [], id=name)
+    pytest.param(name, marks=[pytest.mark.xdist_group("served")] if name in SERVED else [], id=name)
     for name in INSTALLED
 ]
 
