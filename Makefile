@@ -67,7 +67,7 @@ bench: setup ## every benchmark in benchmarks/, results in benchmarks/results
 bench-preft: setup ## serving speed of prefill-only adapters: 15 minutes, last line one JSON object (ARGS=--quick: 2)
 	@$(PY) benchmarks/preft_serving.py $(ARGS)
 
-bench-circuits: setup ## node scores and edges: speed and memory, 3 minutes, last line one JSON object (ARGS=--only nodes)
+bench-circuits: setup ## node scores and edges: speed and memory, 90 seconds, last line one JSON object (ARGS=--only nodes)
 	@$(PY) benchmarks/circuits_speed.py $(ARGS)
 
 bench-assumptions: setup ## probes and elicitation at scale, last line one JSON object (ARGS=--help: sizes)

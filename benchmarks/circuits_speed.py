@@ -1,6 +1,6 @@
 """Speed and memory of circuits: node scores, edges, long prompts; on a GPU also Llama-3.1-8B's shape.
 
-    python benchmarks/circuits_speed.py                 about three minutes on two cores
+    python benchmarks/circuits_speed.py                 about 90 seconds on two cores
     python benchmarks/circuits_speed.py --only nodes    one part
     python benchmarks/circuits_speed.py --rounds 3
 
