@@ -89,6 +89,15 @@ def test_opens_without_an_error_and_draws(browser, folder, width, dark):
         assert page.fetched == [page.url]
 
 
+def test_the_heading_of_a_long_prompt_shows_both_ends(browser, content, tmp_path):
+    title = "start " + "word " * 200 + "end"
+    with browser.open(write_page(content.graph, tmp_path / "page.html", title)) as page:
+        shown = page.text("#title")
+        assert re.fullmatch(r"start word .* \.\.\. .* word end", shown)
+        assert len(shown) < 200
+        assert page.evaluate("byId('title').title") == title
+
+
 def test_the_policy_lets_no_other_script_run(open_page):
     open_page.evaluate(
         "document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.ran = 1' }))"

@@ -203,7 +203,11 @@ function controls() {
   new ResizeObserver(() => { resize(); rebuild(); fit(); }).observe(byId("stage"));
 }
 
-byId("title").textContent = document.title;
+const LONGEST_TITLE = 200;  // of a longer prompt the heading shows both ends, and all of it under the pointer
+const middleLeftOut = (text) => (text.length <= LONGEST_TITLE ? text : `${text.slice(0, 70)} ... ${text.slice(-120)}`);
+
+byId("title").textContent = middleLeftOut(document.title);
+byId("title").title = document.title;
 byId("answer").textContent = header.targets.map(word).join(", ");
 Object.assign(state, { count: ranked.length, edges: Math.min(edges.length, 250) });
 readSupernodes(data.supernodes, true);
