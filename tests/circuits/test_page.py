@@ -479,6 +479,7 @@ def test_tokens_take_the_colour_of_what_is_under_the_pointer(open_page):
             "[...pen.getImageData(0, canvas.height - AXIS.bottom, canvas.width, AXIS.bottom).data].join()"
         )
 
+    open_page.settle()
     before = strip()
     open_page.hover(*item(open_page, "ranked[0]"))
     assert open_page.evaluate("state.over === ranked[0]")
