@@ -34,7 +34,7 @@ class Limit(NamedTuple):
 class Part(NamedTuple):
     """A pipeline of the demo: its key in the summary, its name, the metrics it owes, the limits they must keep.
 
-    `on_gpu`: settings of this part alone where vLLM runs on a GPU.
+    `settings`: those of this part in the demo; `on_gpu`: further ones where vLLM runs on a GPU.
     """
 
     key: str
@@ -42,6 +42,7 @@ class Part(NamedTuple):
     title: str
     owed: tuple[str, ...]
     limits: tuple[Limit, ...] = ()
+    settings: tuple[str, ...] = ()
     on_gpu: tuple[str, ...] = ()
 
 
@@ -66,6 +67,7 @@ PARTS = (
         "assumption_probing",
         "Assumption probing: what the model takes its user to want, read and steered",
         ("spearman", "dose_response_rho"),
+        settings=("pipeline.truth=4",),  # beside the planted directions on few messages: the study has more
     ),
 )
 
@@ -76,7 +78,7 @@ def run_part(part: Part, overrides: Sequence[str], console: Console) -> float:
     log = FOLDER / f"{part.pipeline}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "shared.run", f"pipeline={part.pipeline}", f"run.folder={folder}"]
-    command += part.on_gpu if has_gpu() else ()
+    command += [*part.settings, *(part.on_gpu if has_gpu() else ())]
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as file, console.status(f"{part.title} (log: {log})"):
         code = _status([*command, *overrides], file)
